@@ -1,0 +1,1 @@
+"""Judges: models that measure ours and share nothing with them."""

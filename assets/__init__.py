@@ -1,0 +1,1 @@
+"""Assets: mini weights, samples, data recipes."""

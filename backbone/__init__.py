@@ -1,0 +1,1 @@
+"""Backbone: one transformer for all streams."""

@@ -1,0 +1,1 @@
+"""Quantizers: vector, finite scalar, binary and residual."""

@@ -1,0 +1,227 @@
+"""Names: one explicit table of every codec, its module, its files, its licences, and what the files do not say.
+
+Each module in `SYSTEMS` has one function, `build(files, entry) -> Codec`:
+`files` maps a role ("weights" where there is one file) to `Weights`; `entry.config` is what the files do not say.
+A file that `save_codec` wrote says everything, so any path to one loads too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from .codec import Codec, CodecUnavailable, fingerprint
+from .published import FORMAT, File, Weights, WeightsError, check_hash, find, read_weights
+
+Factory = Callable[[str | Path | None], Codec]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One row: how a name becomes a codec.
+
+    Args:
+        system: the key in `SYSTEMS`.
+        modality: what it codes.
+        files: role -> published file; {} for codecs without weights.
+        config: values that the files do not say, or all of them for our own files.
+        code_licence, weights_licence: of the published work (ours is Apache-2.0).
+        about: one line for `anytok codecs`.
+    """
+
+    system: str
+    modality: str
+    name: str = ""
+    files: Mapping[str, File] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+    code_licence: str = "Apache-2.0"
+    weights_licence: str = "Apache-2.0"
+    about: str = ""
+
+
+# system -> module below anytok.codecs
+SYSTEMS: dict[str, str] = {
+    "text": "text",
+    "onedpiece": "image.onedpiece",
+    "titok": "image.titok",
+    "dac": "audio.dac",
+    "cvivit": "video.cvivit",
+    "octgpt": "shape.octgpt",
+}
+
+
+def _mini(system: str, modality: str, name: str, about: str) -> Entry:
+    asset = f"{name.replace('/', '-')}.safetensors"
+    return Entry(
+        system=system,
+        modality=modality,
+        files={"weights": File(name=asset, asset=asset)},
+        about=about,
+    )
+
+
+CODECS: dict[str, Entry] = {
+    "text/bytes": Entry(system="text", modality="text", about="UTF-8 bytes, no weights"),
+    "onedpiece/mini": _mini("onedpiece", "image", "onedpiece/mini", "1-256 ordered tokens, 64x64"),
+    "rvq/mini": _mini("dac", "audio", "rvq/mini", "DAC-family residual VQ, 16 kHz speech"),
+    "cvivit/mini": _mini("cvivit", "video", "cvivit/mini", "C-ViViT, causal in time, 64x64"),
+    "octgpt/mini": _mini("octgpt", "shape", "octgpt/mini", "octree split bits and BSQ codes"),
+}
+
+_THIRD_PARTY: dict[str, Factory] = {}
+
+
+def register_codec(name: str, factory: Factory) -> None:
+    """Add a codec of your own: `factory(path)` returns it; `path` is what the caller gave `load_codec`, or None.
+
+    Raises:
+        ValueError: the name is not `system/variant`, or is taken.
+    """
+    system, _, variant = name.partition("/")
+    if not system or not variant or "|" in name or "@" in name:
+        raise ValueError(f"codec name is {name!r}, expected 'system/variant'")
+    if name in CODECS or name in _THIRD_PARTY:
+        raise ValueError(f"there is a codec '{name}' already")
+    _THIRD_PARTY[name] = factory
+
+
+def list_codecs(pattern: str = "*") -> list[str]:
+    """All names that match a pattern such as `onedpiece/*`, sorted."""
+    return sorted(fnmatch.filter([*CODECS, *_THIRD_PARTY], pattern))
+
+
+def entry(name: str) -> Entry | None:
+    """The table's row of `name`; None for a codec that a third party registered."""
+    return None if name in _THIRD_PARTY else replace(CODECS[_known(name)], name=name)
+
+
+def load_codec(
+    name_or_path: str | Path,
+    path: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Codec:
+    """Load a codec by name, or from a file that `save_codec` wrote.
+
+    Args:
+        name_or_path: `system/variant` (see `list_codecs()`), or the path of a saved codec.
+        path: the folder or file of the published weights, where they are not to come from the hub.
+        device: where the weights go.
+        dtype: the floating type to run in; quantisers keep float32 where the published code does.
+
+    Raises:
+        ValueError: an unknown name; the message offers the nearest.
+        CodecUnavailable: the weights cannot be had here; the message says where they are.
+        WeightsError: the weights are another model's or damaged.
+    """
+    name = str(name_or_path)
+    if name in _THIRD_PARTY:
+        codec = _THIRD_PARTY[name](path)
+    elif name not in CODECS and Path(name_or_path).is_file():
+        codec = _from_saved(Path(name_or_path))
+    else:
+        codec = _from_table(_known(name), path)
+    return codec.to(device=device, dtype=dtype).eval()
+
+
+def _from_table(name: str, path: str | Path | None) -> Codec:
+    row = replace(CODECS[name], name=name)
+    files: dict[str, Weights] = {}
+    for role, file in row.files.items():
+        where = find(file, path)
+        if file.sha256 and path is None:
+            check_hash(where, file.sha256)
+        files[role] = read_weights(where, wrapper=file.wrapper)
+    ours = files["weights"].config if "weights" in files else {}
+    if ours:
+        row = replace(row, config=_checked(ours, files["weights"].source)["config"])
+    return _build(row, files)
+
+
+def _from_saved(path: Path) -> Codec:
+    weights = read_weights(path)
+    header = weights.config
+    if not header:
+        raise WeightsError(
+            f"{path}: no anytok header; published files load by name: load_codec('system/variant', path=...)"
+        )
+    header = _checked(header, str(path))
+    row = Entry(
+        system=header["system"],
+        modality="",
+        name=header["name"],
+        config=header["config"],
+        weights_licence=header.get("weights_licence", "unknown"),
+    )
+    return _build(row, {"weights": weights})
+
+
+def _checked(header: dict, source: str) -> dict:
+    if header.get("format") != FORMAT:
+        raise WeightsError(f"{source}: format {header.get('format')!r}, this anytok reads {FORMAT}")
+    missing = {"system", "name", "config"} - set(header)
+    if missing:
+        raise WeightsError(f"{source}: the anytok header lacks {', '.join(sorted(missing))}")
+    if header["system"] not in SYSTEMS:
+        raise WeightsError(f"{source}: unknown system {header['system']!r}")
+    return header
+
+
+def _build(row: Entry, files: dict[str, Weights]) -> Codec:
+    module = importlib.import_module(f"{__package__}.{SYSTEMS[row.system]}")
+    codec = module.build(files, row)
+    if files:
+        codec._fingerprint = fingerprint(
+            {
+                f"{role}:{key}": t
+                for role, weights in files.items()
+                for key, t in weights.tensors.items()
+            }
+        )
+    return codec
+
+
+def _known(name: str) -> str:
+    if name in CODECS:
+        return name
+    near = difflib.get_close_matches(name, list_codecs(), n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    raise ValueError(f"unknown codec {name!r}{hint} (all: list_codecs())")
+
+
+def describe(name: str) -> str:
+    """One JSON line about a codec, for `anytok codecs --json`."""
+    row = entry(name)
+    if row is None:
+        return json.dumps({"name": name, "registered": "by a third party"})
+    return json.dumps(
+        {
+            "name": name,
+            "modality": row.modality,
+            "code_licence": row.code_licence,
+            "weights_licence": row.weights_licence,
+            "about": row.about,
+            "files": [f.asset or f.repo or f.url for f in row.files.values()],
+        }
+    )
+
+
+__all__ = [
+    "CODECS",
+    "SYSTEMS",
+    "CodecUnavailable",
+    "Entry",
+    "describe",
+    "entry",
+    "list_codecs",
+    "load_codec",
+    "register_codec",
+]

@@ -1,0 +1,1 @@
+"""Training: one engine, and each codec's losses."""

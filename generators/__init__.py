@@ -1,0 +1,1 @@
+"""Generators: how ids are drawn, and the any-to-any pipeline."""
