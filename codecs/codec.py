@@ -21,7 +21,7 @@ from .layout import Layout
 from .stream import Part, StreamError, TokenStream
 
 Fit = Literal["crop", "resize", "pad", "native"]
-Rng = Sequence[torch.Generator] | None
+Rng = Sequence[torch.Generator]
 
 
 class CodecUnavailable(RuntimeError):
@@ -67,7 +67,7 @@ class CodecSpec:
 class Codec(nn.Module):
     """Base of every codec. A subclass sets `spec`, `config`, `system`, and writes `encode` and `decode`.
 
-    `config` is the subclass's frozen dataclass (JSON values only); with it and the state dict, `system` rebuilds the codec.
+    `config` is the frozen dataclass (JSON values only) from which, with the state dict, `system` rebuilds the codec.
     """
 
     system: ClassVar[str] = ""
@@ -76,13 +76,13 @@ class Codec(nn.Module):
     _fingerprint: str | None = None
 
     def encode(
-        self, media: Sequence[Any], *, options: Any = None, rng: Rng = None
+        self, media: Sequence[Any], *, options: Any = None, rng: Rng | None = None
     ) -> list[TokenStream]:
         """Turn media into streams, one each."""
         raise CodecUnavailable(f"'{self.spec.name}' does not encode")
 
     def decode(
-        self, streams: Sequence[TokenStream], *, options: Any = None, rng: Rng = None
+        self, streams: Sequence[TokenStream], *, options: Any = None, rng: Rng | None = None
     ) -> list[Any]:
         """Turn streams into media, one each. StreamError where a stream is another codec's or impossible."""
         raise CodecUnavailable(f"'{self.spec.name}' does not decode")
@@ -162,7 +162,7 @@ class Codec(nn.Module):
 class LatentCodec(Protocol):
     """Continuous latents (SDXL-type f8 and KL-16 VAEs): no TokenStream and no `.tok`; xAR works on them."""
 
-    def encode_latents(self, x: Tensor, *, rng: Rng = None) -> Tensor:
+    def encode_latents(self, x: Tensor, *, rng: Rng | None = None) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to scaled latents [B, C, h, w]; the mean where rng is None."""
         ...
 
@@ -181,7 +181,7 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:8]
 
 
-def item_rngs(rng: Rng, n: int) -> list[torch.Generator]:
+def item_rngs(rng: Rng | None, n: int) -> list[torch.Generator]:
     """One generator an item: those given, else fresh ones with seed 0 on the CPU."""
     if rng is None:
         return [torch.Generator().manual_seed(0) for _ in range(n)]

@@ -71,7 +71,7 @@ class TextCodec(Codec):
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def encode(
-        self, media: Sequence[Text], *, options: Any = None, rng: Rng = None
+        self, media: Sequence[Text], *, options: Any = None, rng: Rng | None = None
     ) -> list[TokenStream]:
         """Texts to streams of ids."""
         streams = []
@@ -83,7 +83,7 @@ class TextCodec(Codec):
         return streams
 
     def decode(
-        self, streams: Sequence[TokenStream], *, options: Any = None, rng: Rng = None
+        self, streams: Sequence[TokenStream], *, options: Any = None, rng: Rng | None = None
     ) -> list[Text]:
         """Streams of ids to texts."""
         for stream in streams:
