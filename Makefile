@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 types: $(STAMP)
-	$(BIN)/mypy
+	$(BIN)/basedpyright --level error
 
 # The whole reference fixtures (not shipped): make parity DIR=/path/to/parity
 parity: $(STAMP)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,17 @@ FORMAT = 1
 KEY = "anytok"
 # The order in which training checkpoints are unwrapped: averaged weights first.
 WRAPPERS = ("ema", "model_ema", "model", "state_dict", "module", "generator")
+# What torch's tensor-only unpickler raises on damaged or foreign bytes.
+BROKEN_PICKLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    struct.error,
+)
 
 
 class WeightsError(ValueError):
@@ -95,7 +107,7 @@ def find(file: File, path: str | Path | None = None) -> Path:
             raise CodecUnavailable(f"{file.asset} does not ship with this build of anytok")
         return Path(str(asset))
     if file.repo is not None:
-        return _from_hub(file)
+        return _from_hub(file.repo, file.name)
     hint = f", sha256 {file.sha256}" if file.sha256 else ""
     raise CodecUnavailable(
         f"'{file.name}' is on no hub: download it from {file.url}{hint} and pass path='.../{file.name}'"
@@ -114,21 +126,21 @@ def _local(file: File, path: Path) -> Path:
     raise WeightsError(f"{path}: {what}")
 
 
-def _from_hub(file: File) -> Path:
+def _from_hub(repo: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(file.repo, file.name))
+        return Path(hf_hub_download(repo, name))
     except LocalEntryNotFoundError as error:
         raise CodecUnavailable(
-            f"'{file.name}' of hub repository '{file.repo}' is not in the cache and the hub cannot be reached; "
+            f"'{name}' of hub repository '{repo}' is not in the cache and the hub cannot be reached; "
             "download it elsewhere and pass path="
         ) from error
     except EntryNotFoundError as error:
-        raise CodecUnavailable(f"hub repository '{file.repo}' has no file '{file.name}'") from error
+        raise CodecUnavailable(f"hub repository '{repo}' has no file '{name}'") from error
     except (HfHubHTTPError, OSError) as error:
-        raise CodecUnavailable(f"'{file.repo}/{file.name}' cannot be fetched: {error}") from error
+        raise CodecUnavailable(f"'{repo}/{name}' cannot be fetched: {error}") from error
 
 
 def read_weights(path: str | Path, *, wrapper: str | None = None) -> Weights:
@@ -147,17 +159,9 @@ def read_weights(path: str | Path, *, wrapper: str | None = None) -> Weights:
         return _read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ) as error:
-        raise WeightsError(
-            f"{path}: not a file of tensors ({str(error).splitlines()[0]})"
-        ) from error
+    except BROKEN_PICKLE as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path}: not a file of tensors ({why})") from error
     return Weights(_unwrap(content, path, wrapper), source=str(path))
 
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class Entry:
     modality: str
     name: str = ""
     files: Mapping[str, File] = field(default_factory=dict)
-    config: Mapping[str, object] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     code_licence: str = "Apache-2.0"
     weights_licence: str = "Apache-2.0"
     about: str = ""

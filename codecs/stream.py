@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class TokenStream:
     grid: tuple[int, ...] = ()
     prefix_step: int | None = None
     depth_prefix: bool = False
-    meta: Mapping[str, object] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
     side: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
