@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from anytok.assets.recipes.dataset import OUT, Row, begin, finish, progress, save
 from anytok.assets.recipes.fetch import npm_pack, unpack
 
