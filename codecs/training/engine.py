@@ -15,12 +15,12 @@ A run's folder: `config.json`, `log.jsonl`, `tensorboard/`, `checkpoints/step-*/
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -591,19 +591,8 @@ class _Run:
             self.task.export(networks, self.final)
 
 
-def read_config(table: Mapping[str, Any], where: str = "run") -> RunConfig:
-    """A RunConfig from JSON; an unknown key is an error that names the nearest known one."""
-    known = [f.name for f in fields(RunConfig)]
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise ValueError(f"{where} has the unknown key {key!r}; did you mean {near[0]!r}?")
-    if "out" not in table:
-        raise ValueError(f"{where} has no 'out', expected the folder of the run")
-    return RunConfig(**table)
-
-
 def _accelerator(config: RunConfig) -> Accelerator:
+    _refuse_lonely_launch()
     # Losses may leave parameters out (dropped tokens, a late head): processes must not wait for them.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
@@ -614,9 +603,24 @@ def _accelerator(config: RunConfig) -> Accelerator:
     )
 
 
+def _refuse_lonely_launch() -> None:
+    """`accelerate launch --cpu --num_processes 2` sets up a meeting point, but starts one process alone."""
+    env = os.environ
+    on_cpu = env.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    ranks = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if on_cpu and "MASTER_PORT" in env and not any(name in env for name in ranks):
+        raise TrainingError(
+            "accelerate launch --cpu starts one process whatever --num_processes says; start several on the CPU with "
+            "'ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes N -m ...' (or torchrun)"
+        )
+
+
 def _settings(task: Task, config: RunConfig, processes: int) -> dict[str, Any]:
+    about = {key: value for key, value in task.config.items() if key != "run"}
+    if "data" in about:  # where the data lie is the machine's affair
+        about["data"] = {k: v for k, v in about["data"].items() if k != "root"}
     settings = {
-        "task": dict(task.config),
+        "task": about,
         "run": {k: v for k, v in asdict(config).items() if k not in FREE},
         "processes": processes,
     }
