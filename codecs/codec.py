@@ -28,6 +28,10 @@ class CodecUnavailable(RuntimeError):
     """The codec is known by name, but cannot run here; the message says what would change that."""
 
 
+class UnknownCodec(CodecUnavailable, ValueError):
+    """No codec has this name; the message offers the nearest ones."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CodecSpec:
     """What the rest of the library may know of a codec.

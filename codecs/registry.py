@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .codec import Codec, CodecUnavailable, fingerprint
+from .codec import Codec, CodecUnavailable, UnknownCodec, fingerprint
 from .published import FORMAT, File, Weights, WeightsError, check_hash, find, read_weights
 
 Factory = Callable[[str | Path | None], Codec]
@@ -119,7 +119,7 @@ def load_codec(
         dtype: the floating type to run in; quantisers keep float32 where the published code does.
 
     Raises:
-        ValueError: an unknown name; the message offers the nearest.
+        UnknownCodec: an unknown name (a ValueError too); the message offers the nearest.
         CodecUnavailable: the weights cannot be had here; the message says where they are.
         WeightsError: the weights are another model's or damaged.
     """
@@ -195,7 +195,7 @@ def _known(name: str) -> str:
         return name
     near = difflib.get_close_matches(name, list_codecs(), n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    raise ValueError(f"unknown codec {name!r}{hint} (all: list_codecs())")
+    raise UnknownCodec(f"unknown codec {name!r}{hint} (all: list_codecs())")
 
 
 def describe(name: str) -> str:

@@ -1,0 +1,354 @@
+"""The command line: `anytok codecs | encode | decode | info | roundtrip | generate | train`.
+
+Exit codes: 0 done, 2 wrong usage, 3 a medium cannot be read or written, 4 a stream is wrong, 5 a codec or its
+weights cannot be had, 6 a model cannot do what was asked. Errors go to stderr, one line each; with `--json` results go
+to stdout as JSON, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+if TYPE_CHECKING:
+    import torch
+
+    from .codecs import Codec
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Any medium in, one discrete token stream in the middle, any medium out.",
+)
+train_app = typer.Typer(
+    no_args_is_help=True, help="Train a codec or a backbone on a folder of media."
+)
+app.add_typer(train_app, name="train")
+out, err = Console(), Console(stderr=True)
+
+EXIT_MEDIA, EXIT_STREAM, EXIT_CODEC, EXIT_MODEL = 3, 4, 5, 6
+
+
+class Dtype(str, Enum):
+    """Floating types to run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Floating type to run in.")]
+CodecName = Annotated[
+    Optional[str],  # noqa: UP045 (typer reads annotations at run time on 3.10)
+    typer.Option(
+        "--codec", "-c", help="Codec name (see `anytok codecs`); default: the medium's mini."
+    ),
+]
+WeightsPath = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--path",
+        help="Folder or file of published weights, where they are not to come from the hub.",
+    ),
+]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn the library's errors into one line on stderr and an exit code."""
+    from .codecs import CodecUnavailable, StreamError, WeightsError
+    from .modalities import MediaError
+
+    try:
+        yield
+    except MediaError as error:
+        _fail(error, EXIT_MEDIA)
+    except StreamError as error:
+        _fail(error, EXIT_STREAM)
+    except (CodecUnavailable, WeightsError) as error:
+        _fail(error, EXIT_CODEC)
+    except ValueError as error:
+        _fail(error, EXIT_MODEL)
+
+
+def _fail(error: BaseException, code: int) -> None:
+    err.print(f"[red]anytok:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+    raise typer.Exit(code) from error
+
+
+def _load(name: str, path: Path | None, device: str, dtype: Dtype) -> Codec:
+    import torch
+
+    from .codecs import load_codec
+
+    return load_codec(name, path, device=_device(device), dtype=getattr(torch, dtype.value))
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(
+            f"device '{name}' is not here: {str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+@app.callback()
+def _main() -> None:
+    pass
+
+
+@app.command()
+def codecs(
+    pattern: Annotated[str, typer.Argument(help="Such as 'onedpiece/*'.")] = "*",
+    as_json: Json = False,
+) -> None:
+    """List the codecs, what they code, and the licences of code and weights."""
+    from rich.table import Table
+
+    from .codecs.registry import describe, list_codecs
+
+    rows = [json.loads(describe(name)) for name in list_codecs(pattern)]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    made = Table()
+    titles = ("name", "modality", "code_licence", "weights_licence", "about")
+    for title in titles:
+        made.add_column(title.replace("_", " "))
+    for row in rows:
+        made.add_row(*(str(row.get(title, "")) for title in titles))
+    out.print(made)
+
+
+@app.command()
+def encode(
+    file: Annotated[Path, typer.Argument(help="Picture, sound, video, shape or text.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .tok file to write.")],
+    codec: CodecName = None,
+    path: WeightsPath = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+    as_json: Json = False,
+) -> None:
+    """Turn a file into tokens. A video's sound goes into a second file beside it (NAME.sound.tok)."""
+    from . import modalities
+    from .roundtrip import DEFAULT_CODECS
+    from .roundtrip import encode as encode_medium
+
+    with _errors():
+        medium = modalities.load(file)
+        used = _load(codec or DEFAULT_CODECS[medium.modality], path, device, dtype)
+        has_sound = getattr(medium, "audio", None) is not None
+        sound_codec = _load(DEFAULT_CODECS["audio"], None, device, dtype) if has_sound else None
+        coded = encode_medium(medium, used, sound_codec)
+        coded.stream.save(output)
+        if coded.sound is not None:
+            coded.sound.save(sound_path(output))
+        _report(output, coded.stream, as_json)
+
+
+def sound_path(path: Path) -> Path:
+    """Where the sound of a video's stream stands: clip.tok -> clip.sound.tok."""
+    return path.with_name(f"{path.stem}.sound.tok")
+
+
+@app.command()
+def decode(
+    file: Annotated[Path, typer.Argument(help="A .tok file.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write; its suffix says the format.")
+    ],
+    tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--tokens", "-k", help="Decode from the first k tokens (ordered codecs)."),
+    ] = None,
+    depths: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--depths", "-d", help="Decode from the first d depths (residual codecs)."),
+    ] = None,
+    path: WeightsPath = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Turn tokens back into a file, with the codec that wrote them."""
+    from . import modalities
+    from .codecs import TokenStream
+    from .roundtrip import Coded
+    from .roundtrip import decode as decode_medium
+
+    with _errors():
+        stream = TokenStream.load(file)
+        stream = stream[:tokens] if tokens is not None else stream
+        stream = stream.depths(depths) if depths is not None else stream
+        used = _load(codec_name(stream), path, device, dtype)
+        sound = TokenStream.load(sound_path(file)) if sound_path(file).exists() else None
+        sound_codec = _load(codec_name(sound), None, device, dtype) if sound else None
+        modalities.save(decode_medium(Coded(stream, sound), used, sound_codec), output)
+        out.print(f"{output}: {output.stat().st_size:,} bytes", highlight=False)
+
+
+def codec_name(stream) -> str:
+    """The name under which the stream's codec loads."""
+    return stream.codec.split("@")[0]
+
+
+@app.command()
+def info(file: Annotated[Path, typer.Argument(help="A .tok file.")], as_json: Json = False) -> None:
+    """Say what is in a .tok file."""
+    from .codecs import TokenStream
+
+    with _errors():
+        _report(file, TokenStream.load(file), as_json)
+
+
+def _report(file: Path, stream, as_json: bool) -> None:
+    facts = {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "codec": stream.codec,
+        "modality": stream.modality,
+        "tokens": sum(part.codes.numel() for part in stream.parts),
+        "parts": [{"positions": len(p.codes), "vocab": list(p.vocab)} for p in stream.parts],
+        "grid": list(stream.grid),
+        "bits": stream.bits,
+        "meta": dict(stream.meta),
+        "side": {name: list(tensor.shape) for name, tensor in stream.side.items()},
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    for key, value in facts.items():
+        if key == "parts":
+            value = " + ".join(_part(p["positions"], p["vocab"]) for p in value)
+        out.print(f"[bold]{key:9}[/] {value}", highlight=False)
+
+
+def _part(positions: int, vocab: list[int]) -> str:
+    sizes = str(vocab[0]) if len(set(vocab)) == 1 else "/".join(map(str, vocab))
+    return f"{positions} x {sizes}" + (f" x {len(vocab)} deep" if len(vocab) > 1 else "")
+
+
+@app.command()
+def roundtrip(
+    files: Annotated[list[Path], typer.Argument(help="Files of any medium.")],
+    codec: CodecName = None,
+    folder: Annotated[
+        Path, typer.Option("--out", help="Where reconstructions and the contact sheet go.")
+    ] = Path("out"),
+    path: WeightsPath = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+    as_json: Json = False,
+) -> None:
+    """Send files through tokens and back: reconstructions, a contact sheet to look at, and a table of figures."""
+    from . import modalities, report
+    from .roundtrip import DEFAULT_CODECS, SUFFIXES, merged
+    from .roundtrip import roundtrip as run
+
+    rows, loaded = [], {}
+
+    def get(name: str, where: Path | None = None) -> Codec:
+        if name not in loaded:
+            loaded[name] = _load(name, where, device, dtype)
+        return loaded[name]
+
+    with _errors():
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in track(files, "coding", console=err, disable=as_json):
+            modality = modalities.medium_of(file).modality
+            used = get(codec or DEFAULT_CODECS[modality], path)
+            sound = get(DEFAULT_CODECS["audio"]) if modality == "video" else None
+            made = list(run(file, used, sound))
+            rows += [row for row, _ in made]
+            modalities.save(
+                made[-1][1],
+                folder / f"{file.stem}.{used.spec.name.replace('/', '-')}{SUFFIXES[modality]}",
+            )
+        report.contact_sheet(merged(rows)).save(folder / "contact_sheet.png")
+        (folder / "report.html").write_text(
+            report.to_html(merged(rows), "Round trip"), encoding="utf-8"
+        )
+        (folder / "figures.json").write_text(report.to_json(rows), encoding="utf-8")
+    if as_json:
+        typer.echo(report.to_json(rows))
+    else:
+        out.print(report.table(rows))
+        out.print(f"{folder / 'contact_sheet.png'}, {folder / 'report.html'}", highlight=False)
+
+
+@app.command()
+def generate(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write; several get -1, -2, ...")
+    ],
+    to: Annotated[str, typer.Option("--to", help="text, image, audio, video or shape.")],
+    text: Annotated[Optional[str], typer.Option(help="Text of the prompt.")] = None,  # noqa: UP045
+    image: Annotated[Optional[Path], typer.Option(help="Picture of the prompt.")] = None,  # noqa: UP045
+    audio: Annotated[Optional[Path], typer.Option(help="Sound of the prompt.")] = None,  # noqa: UP045
+    video: Annotated[Optional[Path], typer.Option(help="Video of the prompt.")] = None,  # noqa: UP045
+    shape: Annotated[Optional[Path], typer.Option(help="Shape of the prompt.")] = None,  # noqa: UP045
+    model: Annotated[str, typer.Option(help="Model name or directory.")] = "anytok/mini",
+    samples: Annotated[int, typer.Option(min=1, help="How many answers.")] = 1,
+    seed: Annotated[int, typer.Option(help="Sample i uses seed + i.")] = 0,
+    temperature: Annotated[Optional[float], typer.Option(min=0.0)] = None,  # noqa: UP045
+    cfg: Annotated[Optional[float], typer.Option(help="Classifier-free guidance scale.")] = None,  # noqa: UP045
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Turn a prompt of any media into a medium."""
+    from . import modalities
+    from .generators.pipeline import AnyToAny
+
+    with _errors():
+        prompt = [modalities.Text(text)] if text is not None else []
+        prompt += [
+            modalities.load(file) for file in (image, audio, video, shape) if file is not None
+        ]
+        if not prompt:
+            raise typer.BadParameter("give a prompt: --text, --image, --audio, --video or --shape")
+        pipeline = AnyToAny.load(model, device=_device(device))
+        answers = pipeline(
+            [prompt],
+            to=to,
+            samples=samples,
+            seeds=[seed + i for i in range(samples)],
+            temperature=temperature,
+            cfg=cfg,
+        )
+        written = []
+        for i, answer in enumerate(answers):
+            name = (
+                output
+                if samples == 1
+                else output.with_name(f"{output.stem}-{i + 1}{output.suffix}")
+            )
+            modalities.save(answer.items[-1], name)
+            written.append(
+                {"file": str(name), "seed": answer.seeds[0], "seconds": answer.timings["total"]}
+            )
+        if as_json:
+            typer.echo(json.dumps(written))
+        else:
+            for item in written:
+                out.print(
+                    f"{item['file']}  seed {item['seed']}  {item['seconds']:.2f} s", highlight=False
+                )
+
+
+if __name__ == "__main__":
+    app()

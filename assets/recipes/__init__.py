@@ -1,0 +1,1 @@
+"""Data recipes: one file a source."""
