@@ -28,26 +28,23 @@ SPLITS = ("train", "held", "unseen", "eval")
 HELD_ONE_IN = 10
 # What weights that ship may be trained on (SPDX names, and two of our own).
 PERMISSIVE = frozenset(
-    [
-        *(
-            "public-domain",
-            "CC0-1.0",
-            "CC-BY-1.0",
-            "CC-BY-2.0",
-            "CC-BY-2.5",
-            "CC-BY-3.0",
-            "CC-BY-4.0",
-        ),
-        *(
-            "MIT",
-            "BSD-2-Clause",
-            "BSD-3-Clause",
-            "Apache-2.0",
-            "Zlib",
-            "own-rendering",
-            "synthetic",
-        ),
-    ]
+    {
+        "public-domain",
+        "CC0-1.0",
+        "CC-BY-1.0",
+        "CC-BY-2.0",
+        "CC-BY-2.5",
+        "CC-BY-3.0",
+        "CC-BY-3.0-US",
+        "CC-BY-4.0",
+        "MIT",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "Apache-2.0",
+        "Zlib",
+        "own-rendering",
+        "synthetic",
+    }
 )
 Row = dict[str, Any]
 T = TypeVar("T")

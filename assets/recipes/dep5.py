@@ -20,7 +20,7 @@ NAMES = {
     "bsd-2-clause": "BSD-2-Clause",
     "zlib": "Zlib",
 }
-CC_BY = re.compile(r"cc-by-(\d\.\d)")
+CC_BY = re.compile(r"cc-by-(\d\.\d)(-us)?a?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def spdx(licence: str) -> str:
 
 def _name(word: str) -> str:
     by = CC_BY.fullmatch(word.lower())
-    return f"CC-BY-{by[1]}" if by else NAMES.get(word.lower(), word)
+    return f"CC-BY-{by[1]}{(by[2] or '').upper()}" if by else NAMES.get(word.lower(), word)
 
 
 def _fields(paragraph: str) -> dict[str, str]:
