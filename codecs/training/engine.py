@@ -124,7 +124,7 @@ class Task:
     def losses(
         self,
         name: str,
-        networks: Mapping[str, nn.Module],
+        networks: Mapping[str, Any],
         batch: Any,
         step: int,
         rng: torch.Generator,
@@ -136,11 +136,11 @@ class Task:
         """
         raise NotImplementedError
 
-    def evaluate(self, networks: Mapping[str, nn.Module], step: int) -> dict[str, float]:
+    def evaluate(self, networks: Mapping[str, Any], step: int) -> dict[str, float]:
         """Measures on held-out data, with averaged weights, in eval mode, in float32, on every process."""
         return {}
 
-    def export(self, networks: Mapping[str, nn.Module], path: Path) -> None:
+    def export(self, networks: Mapping[str, Any], path: Path) -> None:
         """Write the product (`save_codec`) from averaged weights, once, on the main process."""
 
     def optimizer(self, name: str, parameters: Sequence[nn.Parameter]) -> Optimizer:
@@ -151,12 +151,12 @@ class Task:
         """Whether a network is updated at this step: a discriminator may begin late."""
         return True
 
-    def initialise(self, networks: Mapping[str, nn.Module], dataset: Dataset) -> None:
+    def initialise(self, networks: Mapping[str, Any], dataset: Any) -> None:
         """Start values that come from data (PCA, k-means); called once, on the CPU, when a run begins."""
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """Samples to a batch, in a worker process."""
-        return default_collate(samples)
+        return default_collate(list(samples))
 
     def augment(self, batch: Any, rng: torch.Generator) -> Any:
         """The batch that the losses see, on the device, without gradients."""
@@ -205,7 +205,6 @@ class _Update:
     parameters: list[nn.Parameter]
     ema: Ema
     peaks: list[float]
-    skipped: int = 0
 
 
 @dataclass
@@ -258,6 +257,7 @@ class _Run:
         )
         journal.open(self.out.name)
         self.began = time.monotonic() - self.state.elapsed
+        self.resumed = (self.state.step, self.state.elapsed)
         try:
             if not stop:
                 self._loop()
@@ -315,7 +315,7 @@ class _Run:
         return names
 
     def _prepare(self, name: str) -> _Update:
-        network = self.networks[name]
+        network = self.networks[name].train()
         if self.config.compile:
             network.compile()
         module = _Losses(name, self.task, network, self.networks)
@@ -328,7 +328,7 @@ class _Run:
     # --- the loop
 
     def _loop(self) -> None:
-        config, state = self.config, self.state
+        config = self.config
         data = self._data()
         progress = self._progress()
         while progress < 1:
@@ -336,11 +336,9 @@ class _Run:
             before, progress = progress, self._progress()
             self._report(progress)
             if self._due(config.eval_every, 10, before, progress) and progress < 1:
-                self._evaluate()
+                self._evaluate_or_stop()
             if self._due(config.save_every, 20, before, progress) or progress >= 1:
                 self._save()
-        if checkpoint.latest(self.root) != checkpoint.folder_of(self.root, state.step):
-            self._save()
 
     def _data(self) -> Iterable[Any]:
         order = Order(
@@ -493,16 +491,14 @@ class _Run:
         return self.rng.manual_seed(self._seed(*purpose))
 
     def _report(self, progress: float) -> None:
-        state, seconds = self.state, max(1e-9, time.monotonic() - self.began)
-        if not hasattr(self, "first"):
-            self.first = (state.step - 1, self.state.elapsed)
-        rate = (state.step - self.first[0]) / max(1e-9, seconds - self.first[1])
+        state, (step, elapsed) = self.state, self.resumed
+        rate = (state.step - step) / max(1e-9, state.elapsed - elapsed)
         totals = state.window.sums.get("loss") or next(iter(state.window.sums.values()))
         self.journal.advance(progress, state.step, rate, f"loss {totals[0] / totals[1]:.4g}")
         if state.step % self.config.log_every == 0:
             means = state.window.means(self.accelerator)
             lr = {"lr": next(iter(self.updates.values())).optimizer.param_groups[0]["lr"]}
-            clock = {"minutes": seconds / 60, "it_per_s": rate}
+            clock = {"minutes": state.elapsed / 60, "it_per_s": rate}
             self.journal.write(state.step, "train", means | lr | clock)
 
     # --- evaluation, checkpoints, the end
@@ -511,7 +507,8 @@ class _Run:
     def _averaged(self):
         """Networks in eval mode with averaged weights."""
         with contextlib.ExitStack() as stack:
-            modes = {name: network.training for name, network in self.networks.items()}
+            modules = [m for network in self.networks.values() for m in network.modules()]
+            modes = [module.training for module in modules]
             for update in self.updates.values():
                 stack.enter_context(update.ema.applied())
             for network in self.networks.values():
@@ -519,8 +516,15 @@ class _Run:
             try:
                 yield
             finally:
-                for name, network in self.networks.items():
-                    network.train(modes[name])
+                for module, mode in zip(modules, modes):
+                    module.training = mode
+
+    def _evaluate_or_stop(self) -> None:
+        try:
+            self._evaluate()
+        except StopRun:
+            self._save()
+            raise
 
     def _evaluate(self) -> dict[str, float]:
         with self._averaged(), torch.no_grad():

@@ -1,6 +1,7 @@
 """What the three entry points share: a config file, a few overrides, a table of tasks, the engine.
 
-A config is JSON with the sections "task" (a name), "run" (a RunConfig), "model", "data" and "loss" (the task's own).
+A config is JSON: "task" (a key of the table), "run" (a RunConfig), and the task's own "name" (of the product), "model",
+"data", "loss" and "training".
 "data" has "root", the folder of the data sets, which may differ between machines.
 """
 
@@ -21,7 +22,15 @@ from .checkpoint import CheckpointError
 from .data import DataError
 from .engine import RunConfig, StopRun, Task, TrainingError, run
 
-SECTIONS = ("task", "run", "model", "data", "loss")
+SECTIONS = (
+    "task",
+    "name",
+    "run",
+    "model",
+    "data",
+    "loss",
+    "training",
+)  # "task" and "name" are strings
 T = TypeVar("T")
 
 
@@ -36,7 +45,7 @@ def cli(tasks: Mapping[str, str], configs: Path) -> None:
     except StopRun as reason:
         print(f"stopped: {reason}", file=sys.stderr)
         sys.exit(3)
-    except (ConfigError, CheckpointError, DataError, MediaError, TrainingError) as error:
+    except (ConfigError, CheckpointError, DataError, MediaError, OSError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -86,7 +95,9 @@ def read(path: Path) -> dict[str, Any]:
     for key, value in config.items():
         if key not in SECTIONS:
             raise ConfigError(f"{path} has the unknown section {key!r}; {_nearest(key, SECTIONS)}")
-        if key != "task" and not isinstance(value, dict):
+        if key == "name" and not isinstance(value, str):
+            raise ConfigError(f"{path}: 'name' is {value!r}, expected one such as 'onedpiece/mini'")
+        if key not in ("task", "name") and not isinstance(value, dict):
             raise ConfigError(f"{path}: section {key!r} is {value!r}, expected an object")
     return config
 

@@ -90,8 +90,11 @@ class Journal:
             self.accelerator.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
         if not self.accelerator.is_main_process:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        except OSError as error:  # a full disk does not say where it is full
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.bar is None or kind == "eval":
             said = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
             self.say(f"step {step}  {kind}: {said}")
