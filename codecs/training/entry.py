@@ -1,7 +1,7 @@
 """What the three entry points share: a config file, a few overrides, a table of tasks, the engine.
 
 A config is JSON: "task" (a key of the table), "run" (a RunConfig), and the task's own "name" (of the product), "model",
-"data", "loss" and "training".
+"data", "loss", "training" and "optimizer".
 "data" has "root", the folder of the data sets, which may differ between machines.
 """
 
@@ -22,15 +22,8 @@ from .checkpoint import CheckpointError
 from .data import DataError
 from .engine import RunConfig, StopRun, Task, TrainingError, run
 
-SECTIONS = (
-    "task",
-    "name",
-    "run",
-    "model",
-    "data",
-    "loss",
-    "training",
-)  # "task" and "name" are strings
+NAMES = ("task", "name")  # strings
+SECTIONS = ("run", "model", "data", "loss", "training", "optimizer")  # objects
 T = TypeVar("T")
 
 
@@ -51,26 +44,44 @@ def cli(tasks: Mapping[str, str], configs: Path) -> None:
 
 
 def main(tasks: Mapping[str, str], configs: Path, argv: Sequence[str] | None = None) -> Path:
-    """Run the config that the command line names.
-
-    Args:
-        tasks: name -> "module:function", the function making a Task of a config.
-        configs: the folder of configs that ship.
-        argv: the command line; None is that of this process.
-    """
+    """`train` with its arguments from a command line; None is that of this process."""
     parser = argparse.ArgumentParser(description="Train; goes on by itself where a run lies.")
     names = ", ".join(path.stem for path in sorted(configs.glob("*.json")))
     parser.add_argument("config", help=f"a JSON file, or one that ships: {names or 'none yet'}")
     parser.add_argument("--out", help="the run's folder")
-    parser.add_argument("--data", help="the folder of the data sets")
+    parser.add_argument("--data", help="the folder of the data sets, or one folder of media files")
     parser.add_argument("--minutes", type=float, help="training time; replaces steps")
     parser.add_argument("--steps", type=int, help="updates; replaces minutes")
     parser.add_argument("--stop", action="store_true", help="export the last checkpoint, end")
     given = parser.parse_args(argv)
-    config = read(find(given.config, configs))
     changes = {"out": given.out, "minutes": given.minutes, "steps": given.steps}
-    config = override(config, changes, data=given.data)
-    return run(make(tasks, config), run_config(config), stop=given.stop)
+    return train(tasks, configs, given.config, changes, data=given.data, stop=given.stop)
+
+
+def train(
+    tasks: Mapping[str, str],
+    configs: Path,
+    config: str,
+    changes: Mapping[str, Any],
+    *,
+    data: str | None = None,
+    stop: bool = False,
+) -> Path:
+    """Run a config; returns the product's path.
+
+    Args:
+        tasks: name -> "module:function", the function making a Task of a config.
+        configs: the folder of configs that ship.
+        config: a JSON file, or the name of a config that ships.
+        changes: other values of "run"; None changes nothing. minutes and steps replace each other.
+        data: the folder of the data sets, or one folder of media files.
+        stop: export what the last checkpoint holds.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TrainingError, StopRun.
+    """
+    table = override(read(find(config, configs)), changes, data=data)
+    return run(make(tasks, table), run_config(table), stop=stop)
 
 
 def find(name: str, configs: Path) -> Path:
@@ -93,11 +104,13 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
         raise ConfigError(f"{path} has no 'task', expected an object with the name of one")
     for key, value in config.items():
-        if key not in SECTIONS:
-            raise ConfigError(f"{path} has the unknown section {key!r}; {_nearest(key, SECTIONS)}")
+        if key not in NAMES + SECTIONS:
+            raise ConfigError(
+                f"{path} has the unknown section {key!r}; {_nearest(key, NAMES + SECTIONS)}"
+            )
         if key == "name" and not isinstance(value, str):
             raise ConfigError(f"{path}: 'name' is {value!r}, expected one such as 'onedpiece/mini'")
-        if key not in ("task", "name") and not isinstance(value, dict):
+        if key in SECTIONS and not isinstance(value, dict):
             raise ConfigError(f"{path}: section {key!r} is {value!r}, expected an object")
     return config
 
@@ -105,14 +118,21 @@ def read(path: Path) -> dict[str, Any]:
 def override(
     config: Mapping[str, Any], changes: Mapping[str, Any], *, data: str | None = None
 ) -> dict[str, Any]:
-    """The config with other values in "run" (None changes nothing) and another data folder."""
+    """The config with other values in "run" and another data folder.
+
+    A folder that holds none of the config's data sets is itself the data set.
+    """
     changes = {key: value for key, value in changes.items() if value is not None}
     table = dict(config.get("run", {}))
     if ("minutes" in changes) != ("steps" in changes):
         table.pop("steps" if "minutes" in changes else "minutes", None)
     config = {**config, "run": table | changes}
     if data is not None:
-        config["data"] = {**config.get("data", {}), "root": data}
+        section = {**config.get("data", {}), "root": data}
+        sets = section.get("sets", ())
+        if sets and not any((Path(data) / name).is_dir() for name in sets):
+            section["sets"] = ["."]
+        config["data"] = section
     return config
 
 

@@ -83,11 +83,18 @@ def test_find_by_path_and_by_name(tmp_path):
         find("toy_mimi", tmp_path)
 
 
+def test_data_folder_of_sets_keeps_them(tmp_path):
+    (tmp_path / "e").mkdir()
+    config = {"task": "toy", "data": {"root": "d", "sets": ["e", "f"], "size": 3}}
+    changed = override(config, {}, data=str(tmp_path))
+    assert changed["data"] == {"root": str(tmp_path), "sets": ["e", "f"], "size": 3}
+
+
 def test_overrides():
     config = {"task": "toy", "run": {"out": "a", "steps": 5}, "data": {"root": "d", "sets": ["e"]}}
     changed = override(config, {"minutes": 2.0, "out": None, "steps": None}, data="other")
     assert changed["run"] == {"out": "a", "minutes": 2.0}
-    assert changed["data"] == {"root": "other", "sets": ["e"]}
+    assert changed["data"] == {"root": "other", "sets": ["."]}  # a data set itself
     assert config["run"] == {"out": "a", "steps": 5}
     both = override(config, {"minutes": 2.0, "steps": 9})
     assert run_config(both) == RunConfig(out="a", minutes=2.0, steps=9)
