@@ -16,12 +16,14 @@ import hashlib
 import importlib.util
 import io
 import json
+import lzma
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -32,6 +34,10 @@ MAX_BYTES = 2 * 1024**3  # of one unpacked archive; the largest in use unpacks t
 MAX_FILES = 50_000
 CHUNK = 1 << 20
 MARKER = ".unpacked.json"
+DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile),
+    *(EOFError, zlib.error, lzma.LZMAError),
+)
 
 
 class FetchError(RuntimeError):
@@ -88,14 +94,17 @@ def unpack(archive: Path, only: Sequence[str] = ("*",), *, max_bytes: int = MAX_
     """
     wish = json.dumps([str(archive.name), *only])
     folder = archive.with_name(f"{archive.name}.{hashlib.sha256(wish.encode()).hexdigest()[:8]}")
-    if (folder / MARKER).is_file() and (folder / MARKER).read_text() == wish:
+    if (folder / MARKER).is_file():
         return folder
     partial = Path(tempfile.mkdtemp(dir=archive.parent, prefix=".unpacking-"))
     try:
         _unpack_into(partial, archive, only, max_bytes)
+    except DAMAGE as error:
+        raise FetchError(f"{archive.name} cannot be unpacked: {error}") from error
+    else:
         (partial / MARKER).write_text(wish)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        if not folder.exists():  # unless a recipe that runs beside this one was faster
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -180,20 +189,17 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Name and open file of every regular member, in the archive's order."""
     with archive.open("rb") as file:
         head = file.read(8)
-    try:
-        if head.startswith(b"PK"):
-            yield from _zip_members(archive)
-        elif head.startswith(b"!<arch>"):
-            with _deb_stream(archive) as stream:
-                yield from _tar_members(stream)
-        elif head.startswith(b"\x1f\x8b") and not tarfile.is_tarfile(archive):
-            with gzip.open(archive) as file:
-                yield archive.name.removesuffix(".gz"), io.BufferedReader(file)
-        else:
-            with archive.open("rb") as file:
-                yield from _tar_members(file)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile) as error:
-        raise FetchError(f"{archive.name} cannot be unpacked: {error}") from error
+    if head.startswith(b"PK"):
+        yield from _zip_members(archive)
+    elif head.startswith(b"!<arch>"):
+        with _deb_stream(archive) as stream:
+            yield from _tar_members(stream)
+    elif head.startswith(b"\x1f\x8b") and not tarfile.is_tarfile(archive):
+        with gzip.open(archive) as file:
+            yield archive.name.removesuffix(".gz"), io.BufferedReader(file)
+    else:
+        with archive.open("rb") as file:
+            yield from _tar_members(file)
 
 
 def _zip_members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:

@@ -223,8 +223,9 @@ def _frame(scene: Scene, sprite: Image.Image, t: float) -> np.ndarray:
     cx = big * (0.5 + pose.x + scene.shift[0])
     cy = big * (0.5 + pose.y + scene.shift[1])
     middle = sprite.width / 2
-    inverse = (cosine, -sine, middle - cosine * cx + sine * cy)
-    inverse += (sine, cosine, middle - sine * cx - cosine * cy)
+    row_x = (cosine, -sine, middle - cosine * cx + sine * cy)
+    row_y = (sine, cosine, middle - sine * cx - cosine * cy)
+    inverse = (*row_x, *row_y)  # sprite position of each frame position
     placed = sprite.transform((big, big), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
     placed.putalpha(placed.getchannel("A").point(lambda a: round(a * pose.opacity)))
     frame = Image.new("RGBA", (big, big), (*BACKGROUNDS[scene.background], 255))
