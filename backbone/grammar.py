@@ -117,6 +117,10 @@ class Grammar:
             return ranges[0][0]
         return None
 
+    def least(self, modality: str) -> int:
+        """The fewest ids of a block of `modality`, without opening and closing."""
+        return self._blocks[modality].least
+
     def mask(self, ranges: tuple[Range, ...], device: torch.device | str = "cpu") -> Tensor:
         """True at ids that are not allowed: [V]. Kept, since few sets of ranges ever occur."""
         mask = self._masks.get(ranges)
@@ -174,7 +178,7 @@ class _FrameBlock:
 
     def __init__(self, ranges: list[Range], unit: int, most: int | None):
         self.ranges = [(r,) for r in ranges]
-        self.unit = unit * len(ranges)
+        self.unit = self.least = unit * len(ranges)
         self.stop = None if most is None else most * self.unit
 
     def allowed(self, inner: tuple[int, ...]) -> tuple[tuple[Range, ...], bool]:
@@ -195,6 +199,7 @@ class _RunBlock:
     def __init__(self, ranges: list[Range], unit: int, most: int | None):
         self.ranges = ranges
         self.unit = unit
+        self.least = unit * len(ranges)
         self.stop = None if most is None else most * unit
 
     def allowed(self, inner: tuple[int, ...]) -> tuple[tuple[Range, ...], bool]:
@@ -232,6 +237,8 @@ class _OctreeBlock:
         self.layout = layout
         self.parts = [[b for b in blocks if b.part == i] for i in range(layout.split_parts + 1)]
         self.first = (0, layout.first_count() // 8, 0)
+        # One bit set at each level: a single node's eight children all the way down.
+        self.least = self.first[1] + layout.split_parts - 1 + 8 * len(self.parts[-1])
 
     def allowed(self, inner: tuple[int, ...]) -> tuple[tuple[Range, ...], bool]:
         part, left, bits = inner

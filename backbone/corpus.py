@@ -1,0 +1,281 @@
+"""Corpora: rows of a recipe's `data.jsonl`, tokenised once, as Parquet shards of token documents.
+
+    OUT/corpus.json           format, and for each medium the codec's rule (`name@fingerprint`, layout)
+    OUT/shard-00000.parquet   one row for each row of the recipe and each copy of it
+
+Columns: `item` (the row's number), `copy` (0 as it is, others augmented), `split`, `row` (the recipe's row as JSON),
+and for each medium M: `M` (each part's codes, positions x depths in one list) and `M.grid`. datasets, pyarrow,
+Spark and DuckDB read them. A shard is written whole or not at all, and a run that was killed goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..codecs.codec import Codec
+from ..codecs.stream import Part, TokenStream
+from ..codecs.training.loader import derived
+from ..modalities.media import MODALITIES
+from .rules import Rule
+
+FORMAT = 1
+Augment = Callable[[object, torch.Generator], object]
+
+
+class CorpusError(ValueError):
+    """A corpus is missing, damaged, or was tokenised with another codec; names the file and what was expected."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row of a recipe, as streams by modality. `copy` 0 is the medium as it is."""
+
+    item: int
+    copy: int
+    split: str
+    row: Mapping[str, object]
+    streams: Mapping[str, TokenStream]
+
+
+def tokenize(
+    source: str | Path,
+    out: str | Path,
+    codecs: Mapping[str, Codec],
+    *,
+    copies: int = 1,
+    augment: Mapping[str, Augment] | None = None,
+    splits: Sequence[str] = ("train",),
+    seed: int = 0,
+    batch: int = 64,
+    shard: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Tokenise the recipe folder `source` into `out`; returns `out`.
+
+    Args:
+        codecs: modality -> codec.
+        copies: how often an item of `splits` is tokenised: once as it is, else through `augment`. Others: once.
+        augment: modality -> what makes another copy of a medium.
+        shard: items a file.
+        progress: called with (items done, items).
+
+    Raises:
+        CorpusError: `out` holds a corpus of other settings.
+    """
+    source, out = Path(source), Path(out)
+    lines = (source / "data.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    _claim(out, codecs, {"copies": copies, "splits": list(splits), "seed": seed, "shard": shard})
+    for start in range(0, len(rows), shard):
+        path = out / f"shard-{start // shard:05d}.parquet"
+        if not path.is_file():
+            jobs = [
+                (item, copy)
+                for item in range(start, min(start + shard, len(rows)))
+                for copy in range(copies if rows[item]["split"] in splits else 1)
+            ]
+            records = _encode(source, rows, jobs, codecs, augment or {}, seed, batch)
+            _write(list(records), path)
+        if progress is not None:
+            progress(min(start + shard, len(rows)), len(rows))
+    return out
+
+
+class Corpus:
+    """A tokenised corpus, read into memory.
+
+    Raises:
+        CorpusError: no corpus, or a damaged shard.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        rules = _about(self.path)["rules"]
+        self.rules = {m: Rule.from_json(rule) for m, rule in rules.items()}
+        self.documents = list(self._read())
+
+    def check(self, rules: Iterable[Rule]) -> None:
+        """Raise CorpusError where the corpus was tokenised with another codec than one of `rules`."""
+        for rule in rules:
+            own = self.rules.get(rule.modality)
+            if own is not None and own.codec != rule.codec:
+                raise CorpusError(
+                    f"{self.path} was tokenised with '{own.codec}', the model reads '{rule.codec}'"
+                )
+
+    def items(self, split: str) -> list[list[Document]]:
+        """The copies of each item of a split."""
+        grouped: dict[int, list[Document]] = {}
+        for document in self.documents:
+            if document.split == split:
+                grouped.setdefault(document.item, []).append(document)
+        return list(grouped.values())
+
+    def _read(self) -> Iterator[Document]:
+        import pyarrow
+        import pyarrow.parquet
+
+        for path in sorted(self.path.glob("shard-*.parquet")):
+            try:
+                table = pyarrow.parquet.read_table(path)
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                raise CorpusError(f"{path}: not a whole Parquet file ({error})") from error
+            for record in table.to_pylist():
+                streams = {m: stream(record, rule) for m, rule in self.rules.items() if record[m]}
+                yield Document(
+                    record["item"],
+                    record["copy"],
+                    record["split"],
+                    json.loads(record["row"]),
+                    streams,
+                )
+
+
+def stream(record: Mapping, rule: Rule) -> TokenStream:
+    """The stream that a corpus row holds."""
+    parts = []
+    for codes, vocab in zip(record[rule.modality], rule.vocab):
+        table = rearrange(torch.tensor(codes, dtype=torch.int64), "(n d) -> n d", d=len(vocab))
+        parts.append(Part(table, vocab))
+    return TokenStream(
+        parts=tuple(parts),
+        codec=rule.codec,
+        modality=rule.modality,
+        grid=tuple(record[f"{rule.modality}.grid"]),
+        prefix_step=rule.prefix_step,
+        depth_prefix=rule.depth_prefix,
+        meta=rule.meta,
+    )
+
+
+def _claim(out: Path, codecs: Mapping[str, Codec], settings: dict[str, object]) -> None:
+    rules = {m: Rule.of(codec).to_json() for m, codec in codecs.items()}
+    mine = json.loads(json.dumps({"format": FORMAT, "rules": rules, "settings": settings}))
+    path = out / "corpus.json"
+    if path.is_file():
+        if json.loads(path.read_text()) != mine:
+            raise CorpusError(
+                f"{out} holds a corpus of other codecs or settings; give another folder"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mine, indent=1) + "\n")
+
+
+def _about(path: Path) -> dict:
+    try:
+        about = json.loads((path / "corpus.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorpusError(
+            f"{path}: holds no corpus.json ({error}); run `tokenize` first"
+        ) from error
+    if about.get("format") != FORMAT:
+        raise CorpusError(f"{path}: format {about.get('format')!r}, this anytok reads {FORMAT}")
+    return about
+
+
+def _encode(
+    source: Path,
+    rows: list[dict],
+    jobs: list[tuple[int, int]],
+    codecs: Mapping[str, Codec],
+    augment: Mapping[str, Augment],
+    seed: int,
+    batch: int,
+) -> Iterator[dict]:
+    for start in range(0, len(jobs), batch):
+        chunk = jobs[start : start + batch]
+        records = [_record(rows[item], item, copy) for item, copy in chunk]
+        for modality, codec in codecs.items():
+            have = [i for i, (item, _) in enumerate(chunk) if rows[item].get(modality)]
+            media = [_medium(source, rows, *chunk[i], modality, augment, seed) for i in have]
+            with torch.inference_mode():
+                streams = codec.encode(media) if media else []
+            for record in records:
+                record[modality], record[f"{modality}.grid"] = None, None
+            for i, one in zip(have, streams):
+                records[i][modality] = [part.codes.flatten().tolist() for part in one.parts]
+                records[i][f"{modality}.grid"] = list(one.grid)
+        yield from records
+
+
+def _record(row: dict, item: int, copy: int) -> dict:
+    return {
+        "item": item,
+        "copy": copy,
+        "split": row["split"],
+        "row": json.dumps(row, ensure_ascii=False),
+    }
+
+
+def _medium(
+    source: Path,
+    rows: list[dict],
+    item: int,
+    copy: int,
+    modality: str,
+    augment: Mapping[str, Augment],
+    seed: int,
+):
+    value = rows[item][modality]
+    cls = MODALITIES[modality]
+    medium = cls(value) if modality == "text" else cls.load(source / value)
+    if copy == 0 or modality not in augment:
+        return medium
+    return augment[modality](medium, torch.Generator().manual_seed(derived(seed, item, copy)))
+
+
+def _write(records: list[dict], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    partial = path.with_name(f".{path.name}")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), partial, compression="zstd")
+    partial.replace(path)
+
+
+def changed_picture(
+    image, rng: torch.Generator, *, size: int = 128, flip: float = 0.0, gray: float = 0.0
+):
+    """Another copy of a drawing: scaled, turned, shifted, sheared a little, recoloured, on white or a flat colour.
+
+    Small models otherwise learn a drawing's exact codes by heart instead of what it shows.
+    """
+    import torch.nn.functional as F
+
+    from ..modalities.image import Image
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=rng))
+
+    alpha = image.alpha if image.alpha is not None else torch.ones_like(image.pixels[:1])
+    planes = torch.cat([image.pixels * alpha, alpha])[None]
+    angle, scale = torch.tensor(uniform(-0.2, 0.2)), 1 / uniform(0.75, 1.15)
+    mirror = -1.0 if uniform(0, 1) < flip else 1.0
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    theta = torch.stack(
+        [
+            torch.stack([cos * mirror * uniform(0.9, 1.1), -sin, torch.tensor(uniform(-0.1, 0.1))]),
+            torch.stack([sin * mirror, cos * uniform(0.9, 1.1), torch.tensor(uniform(-0.1, 0.1))]),
+        ]
+    )
+    grid = F.affine_grid(theta[None], (1, 4, size, size), align_corners=False)
+    planes = F.grid_sample(planes, grid, mode="bilinear", align_corners=False)[0]
+    colour, alpha = _recoloured(planes[:3], uniform, gray), planes[3:]
+    ground = torch.ones(3) if uniform(0, 1) < 0.6 else torch.rand(3, generator=rng)
+    return Image((colour + ground[:, None, None] * (1 - alpha)).clamp(0, 1))
+
+
+def _recoloured(pixels: Tensor, uniform: Callable[[float, float], float], gray: float) -> Tensor:
+    """Contrast, brightness, saturation and each channel's gain, a little each."""
+    level = pixels.mean(0, keepdim=True)
+    keep = 0.0 if uniform(0, 1) < gray else uniform(0.7, 1.3)
+    gains = torch.tensor([uniform(0.85, 1.15) for _ in range(3)])[:, None, None]
+    return (level + (pixels - level) * keep) * gains * uniform(0.85, 1.15)

@@ -1,0 +1,292 @@
+"""Training tasks of the backbone, for the one engine.
+
+`PairsTask` learns to write one medium of a document from another: text -> image, image -> text, over a
+tokenised corpus.
+
+- The loss counts on what is written; the medium that is read is context.
+- The condition is left out in a share of the documents (`drop`), so that guidance exists.
+- The first codes of a prefix layout say most about the picture: `front` weighs them more.
+- Each draw takes another augmented copy; several documents share a row and do not see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..codecs.registry import load_codec
+from ..codecs.stream import TokenStream
+from ..codecs.text import TextCodec, TextConfig
+from ..codecs.training.engine import Task, adamw
+from ..codecs.training.loader import RandomDataset
+from ..modalities.text import Text
+from . import masks
+from .corpus import Corpus, Document
+from .directory import Model, save_model
+from .grounded import Grounded
+from .interleave import Interleaver, Item, Packed, fill
+from .rules import Rule
+from .transformer import Transformer, TransformerConfig
+from .words import word_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One direction.
+
+    Args:
+        read, write: modalities.
+        share: how often it is drawn, beside the other pairs.
+        units: how many positions of a prefix layout are used (of the side that is no text), one of these a draw.
+        drop: how often the read side is left out.
+        scale: weight of its loss.
+        prompts: templates over the row's fields for the text that is read or written, one a draw.
+    """
+
+    read: str
+    write: str
+    share: float = 1.0
+    units: tuple[int, ...] = ()
+    drop: float = 0.0
+    scale: float = 1.0
+    prompts: tuple[str, ...] = ("{text}",)
+
+    @property
+    def name(self) -> str:
+        """`text_to_image`."""
+        return f"{self.read}_to_{self.write}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """What is learned, and from what.
+
+    Args:
+        corpora: folders that `corpus.tokenize` wrote.
+        codecs: modality -> codec name or file, for grounding and export; text is a word tokenizer of the corpora.
+        pairs: the directions.
+        front: (how many first positions of a written prefix, how much more they weigh).
+        context: ids a row.
+    """
+
+    corpora: tuple[str, ...]
+    codecs: Mapping[str, str]
+    pairs: tuple[Pair, ...]
+    front: tuple[int, float] = (8, 2.0)
+    context: int = 128
+    name: str = "anytok/mini"
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PairsConfig:
+        """From a run config's "data"."""
+        pairs = tuple(
+            Pair(**{k: tuple(v) if isinstance(v, list) else v for k, v in pair.items()})
+            for pair in data["pairs"]
+        )
+        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**{**rest, "pairs": pairs})
+
+
+class PairsTask(Task):
+    """See the module's docstring.
+
+    Args:
+        config: {"model": TransformerConfig without vocab_size, "data": PairsConfig, "optimizer": {"lr": ...}}.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = config
+        self.data = PairsConfig.from_json(config["data"])
+        self.corpora = [Corpus(path) for path in self.data.corpora]
+        self.codecs = {m: load_codec(name) for m, name in self.data.codecs.items()}
+        self.text = text_codec([d.row for corpus in self.corpora for d in corpus.documents])
+        self.interleaver = self._interleaver()
+        self.model = TransformerConfig(
+            **config["model"], vocab_size=self.interleaver.vocabulary.size
+        )
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The transformer, grounded in the codecs that know vectors of their codes."""
+        return {"backbone": Grounded(Transformer(self.model), self._vectors())}
+
+    def optimizer(self, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW."""
+        return adamw(parameters, **self.config.get("optimizer", {}))
+
+    def dataset(self) -> Pairs:
+        """Documents of the split "train"."""
+        items = [item for corpus in self.corpora for item in corpus.items("train")]
+        return Pairs(self.data, self.interleaver, self.text, items)
+
+    def collate(self, samples: Sequence[Packed]) -> dict[str, Tensor]:
+        """Rows of `context` ids, padded: ids, positions, documents (-1 at padding), targets' weights, all [R, L]."""
+        return collate(fill(samples, self.data.context), self.data.context)
+
+    def losses(
+        self,
+        name: str,
+        networks: Mapping[str, nn.Module],
+        batch: dict[str, Tensor],
+        step: int,
+        rng: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Cross-entropy of what is written."""
+        return written_loss(networks["backbone"], batch)
+
+    def evaluate(self, networks: Mapping[str, nn.Module], step: int) -> dict[str, float]:
+        """Loss of each pair on the held-out documents."""
+        documents = [d for corpus in self.corpora for d in corpus.documents if d.split == "held"]
+        measures = {}
+        for pair in self.data.pairs:
+            sequences = [
+                one
+                for d in documents
+                if (one := build(d, pair, self.interleaver, self.text, self.data)) is not None
+            ]
+            if sequences:
+                batch = self.collate(sequences)
+                device = next(networks["backbone"].parameters()).device
+                batch = {k: v.to(device) for k, v in batch.items()}
+                measures[pair.name] = float(written_loss(networks["backbone"], batch)["loss"])
+        return measures
+
+    def export(self, networks: Mapping[str, nn.Module], path: Path) -> None:
+        """Write the model directory `model` beside `path`."""
+        grounded = networks["backbone"]
+        assert isinstance(grounded, Grounded)
+        model = Model(
+            name=self.data.name,
+            transformer=grounded.folded().cpu(),
+            interleaver=self.interleaver,
+            text=self.text,
+            pairs=tuple((p.read, p.write) for p in self.data.pairs),
+            generation=dict(self.data.generation),
+            codecs=self.codecs,
+        )
+        save_model(model, path.with_name("model"), dtype=torch.float16)
+
+    def _interleaver(self) -> Interleaver:
+        rules = [Rule.of(self.text, limit=self.data.context)]
+        for modality, codec in self.codecs.items():
+            rules.append(Rule.of(codec, limit=self._most_units(modality)))
+        for corpus in self.corpora:
+            corpus.check(rules)
+        return Interleaver.build(rules, multiple=64)
+
+    def _most_units(self, modality: str) -> int | None:
+        units = [n for p in self.data.pairs for n in p.units if modality in (p.read, p.write)]
+        return max(units, default=None)
+
+    def _vectors(self) -> dict[int, Tensor]:
+        vectors = {}
+        for codec in self.codecs.values():
+            for block in self.interleaver.vocabulary.of(codec.spec.name):
+                vectors[block.start] = codec.code_vectors(block.part, block.depth).detach()
+        return vectors
+
+
+class Pairs(RandomDataset):
+    """Items of a corpus; a draw takes a direction, a copy, a template, and a number of positions."""
+
+    def __init__(
+        self,
+        config: PairsConfig,
+        interleaver: Interleaver,
+        text: TextCodec,
+        items: Sequence[Sequence[Document]],
+    ):
+        self.config, self.interleaver, self.text = config, interleaver, text
+        self.items = items
+        self.shares = torch.tensor([pair.share for pair in config.pairs])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def draw(self, index: int, rng: torch.Generator) -> Packed:
+        """One document of the item."""
+        pair = self.config.pairs[int(torch.multinomial(self.shares, 1, generator=rng))]
+        copies = self.items[index]
+        document = copies[_below(len(copies), rng)]
+        packed = build(document, pair, self.interleaver, self.text, self.config, rng)
+        if packed is None:
+            raise ValueError(f"item {index} has no {pair.read} or no {pair.write}")
+        return packed
+
+
+def build(
+    document: Document,
+    pair: Pair,
+    interleaver: Interleaver,
+    text: TextCodec,
+    config: PairsConfig,
+    rng: torch.Generator | None = None,
+) -> Packed | None:
+    """The sequence of one direction; the plain one (first template, all positions) without `rng`.
+
+    None where the document lacks a medium.
+    """
+    if any(m != "text" and m not in document.streams for m in (pair.read, pair.write)):
+        return None
+    units = pair.units[-1 if rng is None else _below(len(pair.units), rng)] if pair.units else None
+    template = pair.prompts[0 if rng is None else _below(len(pair.prompts), rng)]
+
+    def stream(modality: str) -> TokenStream:
+        if modality == "text":
+            return text.encode([Text(template.format(**document.row))])[0]
+        whole = document.streams[modality]
+        return whole if units is None else whole[: min(units, len(whole))]
+
+    written = stream(pair.write)
+    weights = torch.full((len(interleaver.ids(written)),), pair.scale)
+    if pair.write != "text":
+        weights[: config.front[0]] *= config.front[1]
+    items = [Item(stream=written, weights=weights)]
+    if rng is None or float(torch.rand((), generator=rng)) >= pair.drop:
+        items.insert(0, Item(stream=stream(pair.read), target=False))
+    return interleaver.pack(items)
+
+
+def collate(rows: Sequence[Packed], context: int) -> dict[str, Tensor]:
+    """Rows [R, L], padded to the longest; padding is a document of its own, -1."""
+    length = max(len(row) for row in rows)
+    pad = lambda t, value: F.pad(t, (0, length - len(t)), value=value)  # noqa: E731
+    return {
+        "ids": torch.stack([pad(row.ids, 0) for row in rows]),
+        "positions": torch.stack([pad(row.positions, 0) for row in rows]),
+        "documents": torch.stack([pad(row.documents, -1) for row in rows]),
+        "weights": torch.stack([pad(row.weights, 0.0) for row in rows]),
+    }
+
+
+def written_loss(network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weighted cross-entropy [nats an id] where a weight stands; logits are computed there alone."""
+    ids, weights = batch["ids"], batch["weights"][:, 1:]
+    mask = masks.causal(ids.shape[1] - 1, documents=batch["documents"][:, :-1], device=ids.device)
+    hidden, table = network(ids[:, :-1], batch["positions"][:, :-1], mask)
+    chosen = weights > 0
+    logits = F.linear(hidden[chosen], table.to(hidden.dtype)).float()
+    targets, weights = ids[:, 1:][chosen], weights[chosen]
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    right = (logits.argmax(-1) == targets).float()
+    return {
+        "loss": (losses * weights).sum() / weights.sum(),
+        "right": right.mean(),
+    }
+
+
+def text_codec(rows: Sequence[Mapping[str, Any]], *, extra: Sequence[str] = ()) -> TextCodec:
+    """A word tokenizer of everything that rows say (`text`, and `style` where they have one)."""
+    texts = [str(row[key]) for row in rows for key in ("text", "style") if key in row]
+    config = TextConfig(tokenizer=word_tokenizer([*texts, *extra]))
+    return TextCodec(config, name="text/words")
+
+
+def _below(n: int, rng: torch.Generator) -> int:
+    return int(torch.randint(n, (), generator=rng))

@@ -1,0 +1,248 @@
+"""Autoregressive decoding: batched, cached, constrained by the grammar, with guidance in the same batch.
+
+- Rows of different length share a batch without left padding (`KVCache`), finish independently, and then leave it.
+- A row's ids do not depend on its batch-mates: attention sees its own positions, draws come from its own generator.
+- The grammar saves work: only the rows of the head that may come next are multiplied, an id that is forced is not
+  computed at all, and what is forced at the end needs no step.
+- With guidance a request has two rows of the cache, one with the condition and one without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..backbone.cache import KVCache
+from ..backbone.grammar import Grammar, Range, State
+from ..backbone.transformer import Transformer
+from ..codecs.codec import item_rngs
+from .generator import Event, Request
+from .sampling import Sampling, draw, guided
+
+Options = Sampling | Mapping[str, Sampling]
+
+
+@dataclass
+class _Row:
+    """One request in progress; `cache` are its rows: with the condition, and without."""
+
+    number: int
+    request: Request
+    rng: torch.Generator
+    state: State | None
+    guided: bool
+    written: int = 0
+    feed: list[int] = field(default_factory=list)  # ids that the model has not seen yet
+    fresh: list[int] = field(default_factory=list)  # ids that no event has told yet
+    reason: str | None = None
+
+
+class Autoregressive:
+    """Next-token decoding with a transformer.
+
+    Args:
+        model: fused here for inference (`Transformer.fuse`).
+        grammar: what may be written; None for free text.
+    """
+
+    def __init__(self, model: Transformer, grammar: Grammar | None = None):
+        self.model = model.fuse()
+        self.grammar = grammar
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        options: Options | None = None,
+        rng: Sequence[torch.Generator] | None = None,
+    ) -> Iterator[Event]:
+        """Events of all requests, as their ids are written.
+
+        Args:
+            options: how ids are drawn, for all, or by modality; greedy where None.
+
+        Raises:
+            ValueError: a request that does not fit the context, guidance without a null.
+        """
+        options = Sampling(temperature=0) if options is None else options
+        guided = any(_guidance(request, options) for request in requests)
+        rows = [
+            self._row(i, request, guided, g)
+            for i, (request, g) in enumerate(zip(requests, item_rngs(rng, len(requests))))
+        ]
+        return self._loop(rows, options)
+
+    def _row(self, number: int, request: Request, guided: bool, rng: torch.Generator) -> _Row:
+        length = _length(request.ids, request.embeddings)
+        if length == 0:
+            raise ValueError(f"request {number} is empty, expected ids or embeddings to go on with")
+        what = f"request {number} (a prompt of {length} and up to {request.max_tokens} new)"
+        # The last id that is written is never read.
+        self.model.check_length(length + request.max_tokens - 1, what)
+        if request.state is not None and self.grammar is None:
+            raise ValueError(f"request {number} has a grammar state, but there is no grammar")
+        if guided and not request.has_null:
+            raise ValueError(
+                f"request {number} has no null condition, which cfg other than 1 needs"
+            )
+        return _Row(number, request, rng, request.state, guided)
+
+    @torch.inference_mode()
+    def _loop(self, rows: list[_Row], options: Options) -> Iterator[Event]:
+        for row in rows:
+            self._force(row)
+        yield from (_event(row) for row in rows if row.fresh or row.reason)
+        rows = [row for row in rows if row.reason is None]
+        if not rows:
+            return
+        cache, hidden, null = self._prefill(rows)
+        while True:
+            self._write(rows, hidden, null, options)
+            yield from (_event(row) for row in rows if row.fresh)
+            rows = _leave(rows, cache)
+            if not rows:
+                return
+            hidden, null = self._step(rows, cache)
+
+    def _force(self, row: _Row) -> None:
+        """Write what the grammar leaves no choice about; decide whether the request is finished."""
+        while row.reason is None:
+            forced = None
+            if self.grammar is not None and row.state is not None:
+                if row.state.done:
+                    row.reason = "end"
+                    return
+                forced = self.grammar.forced(row.state)
+            if row.written >= row.request.max_tokens:
+                row.reason = "length"
+            elif forced is None:
+                return
+            else:
+                self._accept(row, forced)
+
+    def _accept(self, row: _Row, id: int) -> None:
+        row.written += 1
+        row.feed.append(id)
+        row.fresh.append(id)
+        if row.state is not None and self.grammar is not None:
+            row.state = self.grammar.advance(row.state, (id,))
+        elif id == row.request.end:
+            row.reason = "end"
+
+    def _prefill(self, rows: list[_Row]) -> tuple[KVCache, Tensor, Tensor | None]:
+        """The prompts, right-padded: the cache, and hidden states [B, D] of each row's last position."""
+        prompts = [self._embedded(r, r.request.ids, r.request.embeddings) for r in rows]
+        if rows[0].guided:
+            prompts += [
+                self._embedded(r, r.request.null_ids, r.request.null_embeddings) for r in rows
+            ]
+        counts = [len(prompt) for prompt in prompts]
+        most = max(
+            _length(r.request.ids, r.request.embeddings) + r.request.max_tokens for r in rows
+        )
+        cache = self.model.cache(len(prompts), most)
+        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        last = torch.tensor(counts, device=padded.device) - 1
+        out = self.model(embeddings=padded, cache=cache, counts=counts, keep=0)
+        hidden = out.hidden[torch.arange(len(prompts), device=padded.device), last]
+        for row in rows:
+            row.feed.clear()
+        return cache, *_halves(hidden, rows)
+
+    def _embedded(self, row: _Row, ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        """Condition, prompt and forced ids of a row: [L, D]."""
+        table = self.model.model.embed_tokens.weight
+        given = [] if ids is None else ids.tolist()
+        whole = self.model.embed(
+            torch.tensor([*given, *row.feed], dtype=torch.int64, device=table.device)
+        )
+        return whole if embeddings is None else torch.cat([embeddings.to(table), whole])
+
+    def _step(self, rows: list[_Row], cache: KVCache) -> tuple[Tensor, Tensor | None]:
+        """Feed one id a row."""
+        ids = [row.feed.pop(0) for row in rows]
+        if rows[0].guided:
+            ids += ids
+        tensor = torch.tensor(ids, device=cache.keys.device)[:, None]
+        hidden = self.model(tensor, cache=cache, keep=0).hidden[:, 0]
+        return _halves(hidden, rows)
+
+    def _write(
+        self, rows: list[_Row], hidden: Tensor, null: Tensor | None, options: Options
+    ) -> None:
+        """Draw the next id of each row that has none waiting; rows with the same choice go together."""
+        groups: dict[tuple[tuple[Range, ...], Sampling], list[int]] = {}
+        for i, row in enumerate(rows):
+            if not row.feed:
+                groups.setdefault((self._ranges(row), self._sampling(row, options)), []).append(i)
+        for (ranges, sampling), members in groups.items():
+            whole = len(members) == len(rows)
+            logits = self._logits(hidden if whole else hidden[members], ranges)
+            if null is not None and sampling.cfg != 1:
+                other = self._logits(null if whole else null[members], ranges)
+                logits = guided(logits, other, sampling.cfg)
+            chosen = draw(logits, sampling, [rows[i].rng for i in members])
+            for i, index in zip(members, chosen):
+                self._accept(rows[i], _id(index, ranges))
+                self._force(rows[i])
+
+    def _ranges(self, row: _Row) -> tuple[Range, ...]:
+        if row.state is None or self.grammar is None:
+            return ((0, self.model.config.vocab_size),)
+        return self.grammar.allowed(row.state)
+
+    def _sampling(self, row: _Row, options: Options) -> Sampling:
+        if isinstance(options, Sampling):
+            return options
+        modality = row.state.modality if row.state is not None else ""
+        return options.get(modality, Sampling(temperature=0))
+
+    def _logits(self, hidden: Tensor, ranges: tuple[Range, ...]) -> Tensor:
+        """Logits [B, n] of the ids in `ranges`, one range behind another."""
+        parts = [self.model.lm_head.within(hidden, *span) for span in ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _guidance(request: Request, options: Options) -> bool:
+    """Whether anything that the request may write is guided."""
+    if isinstance(options, Sampling):
+        return options.cfg != 1
+    state = request.state
+    written = set(options)
+    if state is not None and state.plan is not None:
+        written = {*state.plan, state.modality}
+    return any(one.cfg != 1 for modality, one in options.items() if modality in written)
+
+
+def _length(ids: Tensor | None, embeddings: Tensor | None) -> int:
+    return (0 if ids is None else len(ids)) + (0 if embeddings is None else len(embeddings))
+
+
+def _event(row: _Row) -> Event:
+    ids = tuple(row.fresh)
+    row.fresh.clear()
+    return Event(row.number, ids, row.written, row.reason)
+
+
+def _halves(hidden: Tensor, rows: list[_Row]) -> tuple[Tensor, Tensor | None]:
+    return (hidden[: len(rows)], hidden[len(rows) :]) if rows[0].guided else (hidden, None)
+
+
+def _leave(rows: list[_Row], cache: KVCache) -> list[_Row]:
+    """The rows that go on; the others' cache is let go."""
+    stay = [i for i, row in enumerate(rows) if row.reason is None]
+    if len(stay) < len(rows) and stay:
+        halves = (0, len(rows)) if rows[0].guided else (0,)
+        cache.take([half + i for half in halves for i in stay])
+    return [rows[i] for i in stay]
+
+
+def _id(index: int, ranges: tuple[Range, ...]) -> int:
+    """The id at place `index` of the ranges laid end to end."""
+    for start, stop in ranges:
+        if index < stop - start:
+            return start + index
+        index -= stop - start
+    raise AssertionError("the index lies in no range")
