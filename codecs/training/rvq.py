@@ -1,0 +1,320 @@
+"""Training a DAC (the losses of arXiv 2306.06546 §3, at the size that a CPU affords).
+
+    loss = 15 mel + 10 stft + 0.25 commitment + 1 codebook
+
+- The quantiser begins late: for `plain_steps` the autoencoder runs unquantised, then each stage starts from what its
+  inputs look like: a PCA projection of the residual and the centroids of its directions. Dead rows are replaced by
+  vectors of recent batches. Both keep the codebooks in use, which gradient steps alone do not.
+- The published loss has no term that sees phase before the discriminators do. `stft` compares complex spectra, so
+  that a few minutes of training give a waveform and not only a spectrogram.
+- Quantiser dropout as published: half of a batch keeps a random number of stages.
+
+Config: "model" is a DACConfig, "loss" an RVQLoss, "data" has "root" and "sets" (folders of recordings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..audio.dac import DAC, DACConfig
+from ..layers.conv import Snake, fuse_weight_norm, snake, train_with_weight_norm
+from ..published import load_into, save_codec
+from ..quantizers.rvq import ProjectedVQ, draw_depths
+from .data import Sounds, find_rows
+from .engine import Task, adamw
+from .spectral import ComplexSTFT, MultiScaleMel, si_sdr
+
+NAME = "rvq/mini"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RVQLoss:
+    """What is not the model's.
+
+    Args:
+        seconds: length of a crop.
+        lr: peak rate.
+        plain_steps: steps without quantiser.
+        dropout: share of a batch that keeps a random number of stages.
+        restart_every: steps between restarts of dead rows.
+        mel, stft, commitment, codebook: weights of the losses.
+        compile_snake: compile the activation (needs a C++ compiler on a CPU).
+    """
+
+    seconds: float = 0.48
+    lr: float = 1e-3
+    plain_steps: int = 300
+    dropout: float = 0.5
+    restart_every: int = 50
+    mel: float = 15.0
+    stft: float = 10.0
+    commitment: float = 0.25
+    codebook: float = 1.0
+    compile_snake: bool = False
+
+
+class Trainee(nn.Module):
+    """A DAC with what only its training knows: how often each code is used, and recent inputs of each stage.
+
+    Buffers: `usage` [N, V], a moving average of counts a batch; `recent` [N, R, d].
+    """
+
+    def __init__(self, config: DACConfig, remembered: int = 4096):
+        super().__init__()
+        self.codec = DAC(config)
+        train_with_weight_norm(self.codec)
+        stages, size, dim = config.codebooks, config.codebook_size, config.codebook_dim
+        self.register_buffer("usage", torch.ones(stages, size))
+        self.register_buffer("recent", torch.zeros(stages, remembered, dim))
+
+    def reconstruct(self, x: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+        """x [B, 1, L] through the codec; unquantised where `keep` is None. L a multiple of the hop."""
+        z, _ = self.codec.encoder(x)
+        if keep is None:
+            y, _ = self.codec.decoder(z)
+            zero = x.new_zeros(())
+            return {"y": _fit(y.float(), x), "commitment": zero, "codebook": zero}
+        with torch.autocast(x.device.type, enabled=False):
+            q = self.codec.quantizer(z.float(), keep)
+        if self.training:
+            self.remember(q.codes, q.latents)
+        y, _ = self.codec.decoder(q.z)
+        return {"y": _fit(y.float(), x), "commitment": q.commitment, "codebook": q.codebook}
+
+    @torch.no_grad()
+    def remember(self, codes: Tensor, latents: Tensor) -> None:
+        """Count codes [B, N, T], and keep the newest inputs [B, N·d, T] of each stage."""
+        stages, size = self.usage.shape
+        new = latents.detach().unflatten(1, (stages, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        self.recent.copy_(torch.cat([new, self.recent], 1)[:, : self.recent.shape[1]])
+        for i in range(stages):
+            counts = torch.bincount(codes[:, i].flatten(), minlength=size).to(self.usage.dtype)
+            self.usage[i].mul_(0.99).add_(counts, alpha=0.01)
+
+    @torch.no_grad()
+    def start_quantiser(self, x: Tensor, rng: torch.Generator) -> None:
+        """Give every stage a projection and a codebook that fit the latents of x [B, 1, L]."""
+        z, _ = self.codec.encoder(x)
+        residual = z.float()
+        for stage in self.codec.quantizer.quantizers:
+            fit_stage(stage, residual, rng)
+            residual = residual - stage(residual)[0]
+
+    @torch.no_grad()
+    def restart_dead(self, rng: torch.Generator) -> int:
+        """Replace rows that are used less than a tenth of the average by recent inputs; how many."""
+        dead = self.usage < 0.1 * self.usage.mean(1, keepdim=True)
+        for i, stage in enumerate(self.codec.quantizer.quantizers):
+            rows = self.recent[i]
+            pick = torch.randint(len(rows), (len(dead[i]),), generator=rng, device=rng.device)
+            weight = torch.where(dead[i][:, None], rows[pick], stage.codebook.weight)
+            stage.codebook.weight.copy_(_from_first(weight))
+            self.usage[i][dead[i]] = self.usage[i].mean()
+        return int(dead.sum())
+
+    def perplexity(self) -> Tensor:
+        """How many codes each stage uses, as exp of the entropy: [N]."""
+        p = self.usage / self.usage.sum(1, keepdim=True)
+        return torch.exp(-(p * torch.log(p + 1e-9)).sum(1))
+
+
+@torch.no_grad()
+def fit_stage(stage: ProjectedVQ, residual: Tensor, rng: torch.Generator, rounds: int = 12) -> None:
+    """Start a stage from its inputs [B, D, T]: PCA down and up, and k-means rows.
+
+    The lookup compares directions only. So d - 1 coordinates are principal components and the last one is a
+    constant of their size: a vector's length then turns into an angle, and is quantised too.
+    """
+    flat = residual.transpose(1, 2).flatten(0, 1)
+    dim, width = stage.codebook.weight.shape[1], flat.shape[1]
+    mean = flat.mean(0)
+    _, _, basis = torch.linalg.svd(flat - mean, full_matrices=False)
+    basis = basis[: dim - 1]
+    points = (flat - mean) @ basis.T
+    constant = points.norm(dim=1).mean()
+    points = F.pad(points, (0, 1), value=float(constant))
+    rows = spherical_kmeans(points, len(stage.codebook.weight), rng, rounds)
+    down = F.pad(basis, (0, 0, 0, 1))
+    bias = F.pad(-(basis @ mean), (0, 1), value=float(constant))
+    _set(stage.in_proj, down[:, :, None] + 1e-4 / width, bias)
+    _set(stage.out_proj, down.T[:, :, None] + 1e-6, mean)
+    stage.codebook.weight.copy_(_from_first(rows))
+
+
+def spherical_kmeans(points: Tensor, count: int, rng: torch.Generator, rounds: int) -> Tensor:
+    """Centroids [count, d] of points [n, d] grouped by direction."""
+    pick = torch.randint(len(points), (count,), generator=rng, device=rng.device)
+    rows, directions = points[pick], F.normalize(points)
+    for _ in range(rounds):
+        nearest = (directions @ F.normalize(rows).T).argmax(1)
+        sums = torch.zeros_like(rows).index_add_(0, nearest, points)
+        counts = torch.bincount(nearest, minlength=count)[:, None]
+        spare = torch.randint(len(points), (count,), generator=rng, device=rng.device)
+        rows = torch.where(counts > 0, sums / counts.clamp(min=1), points[spare])
+    return rows
+
+
+def vary(crops: Tensor, length: int, rng: torch.Generator) -> Tensor:
+    """Crops [B, 1, L'] to varied ones [B, 1, length], L' >= 1.15 · length.
+
+    Sped up or slowed down by up to 15 % (which shifts the pitch: few voices become many), scaled by -12 to 0 dB, and
+    turned over half of the time.
+    """
+    speed, gain, turn = torch.rand(3, len(crops), 1, generator=rng, device=rng.device)
+    place = (0.85 + 0.3 * speed) * torch.arange(length, device=crops.device)
+    left = place.long()
+    between, x = place - left, crops[:, 0]
+    right = (left + 1).clamp(max=x.shape[1] - 1)
+    x = torch.lerp(x.gather(1, left), x.gather(1, right), between)
+    return ((turn < 0.5) * 2.0 - 1.0)[:, None] * 10 ** (-0.6 * gain)[:, None] * x[:, None]
+
+
+def compile_snake(network: nn.Module) -> None:
+    """Compile the activation for training; evaluation keeps the eager one, which needs no second compilation."""
+    compiled = torch.compile(snake, dynamic=True)
+
+    def function(x: Tensor, alpha: Tensor) -> Tensor:
+        return compiled(x, alpha) if torch.is_grad_enabled() else snake(x, alpha)
+
+    for layer in network.modules():
+        if isinstance(layer, Snake):
+            layer.function = function
+
+
+class RVQTask(Task):
+    """Learn a DAC from recordings."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = dict(config)
+        self.model = DACConfig(**config["model"])
+        self.loss = RVQLoss(**config.get("loss", {}))
+        hop = self.model.hop
+        self.length = max(1, round(self.loss.seconds * self.model.sample_rate / hop)) * hop
+        self._held: Tensor | None = None
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The trainee, and the filter banks of the losses, which learn nothing."""
+        trainee = Trainee(self.model)
+        if self.loss.compile_snake:
+            compile_snake(trainee)
+        spectral = nn.ModuleDict(
+            {"mel": MultiScaleMel(self.model.sample_rate), "stft": ComplexSTFT()}
+        )
+        return {"codec": trainee, "spectral": spectral}
+
+    def optimizer(self, name: str, parameters) -> torch.optim.Optimizer:
+        """Adam's betas as published."""
+        return adamw(parameters, lr=self.loss.lr, betas=(0.8, 0.99), weight_decay=0.0)
+
+    def dataset(self) -> Sounds:
+        """Training crops."""
+        self._train = self._sounds("train", round(1.2 * self.length))
+        return self._train
+
+    def augment(self, batch, rng) -> Tensor:
+        """Crops of one length, varied."""
+        return vary(batch, self.length, rng)
+
+    def losses(self, name, networks, batch, step, rng) -> dict[str, Tensor]:
+        """Losses of the codec for crops [B, 1, L]."""
+        trainee, weights = networks["codec"], self.loss
+        plain = step < weights.plain_steps
+        logged = {}
+        if step == weights.plain_steps:
+            many = torch.cat([batch, *self._more(len(batch), rng, batch)])
+            trainee.start_quantiser(many, rng)
+        if not plain and step > weights.plain_steps and step % weights.restart_every == 0:
+            logged["restarted"] = torch.tensor(float(trainee.restart_dead(rng)))
+        out = trainee.reconstruct(batch, None if plain else self._keep(len(batch), rng))
+        with torch.autocast(batch.device.type, enabled=False):
+            mel = networks["spectral"]["mel"](out["y"], batch)
+            stft = networks["spectral"]["stft"](out["y"], batch)
+        loss = weights.mel * mel + weights.stft * stft
+        loss = loss + weights.commitment * out["commitment"] + weights.codebook * out["codebook"]
+        logged |= {k: out[k] for k in ("commitment", "codebook")}
+        return {"loss": loss, "mel": mel, "stft": stft, **logged}
+
+    def evaluate(self, networks, step) -> dict[str, float]:
+        """Mel distance and SI-SDR on held-out recordings at every depth, and the use of the codebooks."""
+        trainee, mel = networks["codec"], networks["spectral"]["mel"]
+        x = self._held_out().to(trainee.codec.device)
+        measures = {}
+        stages = self.model.codebooks
+        depths = [None] if step < self.loss.plain_steps else range(1, stages + 1)
+        for depth in depths:
+            keep = None if depth is None else torch.full((len(x),), depth, device=x.device)
+            y = trainee.reconstruct(x, keep)["y"]
+            label = "plain" if depth is None else f"depth{depth}"
+            measures[f"mel/{label}"] = float(mel(y, x))
+            measures[f"sisdr/{label}"] = float(si_sdr(y, x).mean())
+        for i, used in enumerate(trainee.perplexity().tolist()):
+            measures[f"perplexity/{i}"] = used
+        return measures
+
+    def export(self, networks, path) -> None:
+        """The codec with plain weights, in fp16."""
+        codec = DAC(self.model, name=NAME, licences=("Apache-2.0", "Apache-2.0"))
+        tensors = fuse_weight_norm(networks["codec"].codec.state_dict())
+        load_into(codec, {k: v.cpu() for k, v in tensors.items()}, source="the trained codec")
+        about = {"trained_on": list(self.config["data"]["sets"]), "loss": asdict(self.loss)}
+        save_codec(codec, path, name=NAME, dtype=torch.float16, about=about)
+
+    def _sounds(self, split: str, length: int, limit: int | None = None) -> Sounds:
+        data = self.config["data"]
+        rows = find_rows(data["root"], data["sets"], modality="audio", splits=(split,))
+        rows = rows[:: max(1, len(rows) // limit)][:limit] if limit else rows
+        return Sounds(rows, rate=self.model.sample_rate, length=length)
+
+    def _held_out(self) -> Tensor:
+        """The first seconds of held-out recordings: [n, 1, L]."""
+        if self._held is None:
+            sounds = self._sounds("held", 4 * self.length, limit=24)
+            first = [i for i, (_, start) in enumerate(sounds.pieces) if start == 0]
+            self._held = torch.stack([sounds[i] for i in first])
+        return self._held
+
+    def _keep(self, batch: int, rng: torch.Generator) -> Tensor:
+        return draw_depths(batch, self.model.codebooks, self.loss.dropout, rng)
+
+    def _more(self, batch: int, rng: torch.Generator, like: Tensor) -> list[Tensor]:
+        """More training crops, enough to start the codebooks from."""
+        frames = self.length // self.model.hop
+        count = 12 * self.model.codebook_size // (batch * frames)
+        pick = torch.randint(len(self._train), (count * batch,), generator=rng, device=rng.device)
+        crops = torch.stack([self._train[int(i)] for i in pick]).to(like)
+        return list(vary(crops, self.length, rng).split(batch))
+
+
+def _fit(y: Tensor, x: Tensor) -> Tensor:
+    """Decoded samples with zeros for those that an odd stride loses."""
+    return F.pad(y, (0, x.shape[-1] - y.shape[-1]))
+
+
+def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Give a convolution, weight-normed or not, a weight and a bias."""
+    if parametrize.is_parametrized(layer, "weight"):
+        layer.weight = weight
+    else:
+        layer.weight.copy_(weight)  # type: ignore[operator]
+    layer.bias.copy_(bias)  # type: ignore[operator]
+
+
+def _from_first(tensor: Tensor) -> Tensor:
+    """The first process's value, on every process: what is drawn from a batch must not differ between them."""
+    tensor = tensor.contiguous()
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def task(config: Mapping[str, Any]) -> Task:
+    """The task of a config file."""
+    return RVQTask(config)
