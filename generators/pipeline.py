@@ -24,6 +24,7 @@ from ..backbone.directory import Model, load_model
 from ..backbone.grammar import Grammar
 from ..backbone.interleave import BOS, Item
 from ..codecs.codec import CodecUnavailable
+from ..codecs.layout import Prefix
 from ..codecs.stream import TokenStream
 from ..modalities.media import MODALITIES, Media
 from ..modalities.text import Text
@@ -301,9 +302,10 @@ class AnyToAny:
                 encoded = self.model.codec(modality).encode([prompts[i][k] for i, k in own])
             rule = self.interleaver.rule(modality)
             for (i, k), stream in zip(own, encoded):
-                most = None if rule.most is None else rule.most * (rule.unit or 1)
-                whole = most is None or len(stream) <= most or rule.prefix_step is None
-                streams[i][k] = stream if whole else stream[:most]
+                # A shorter prefix of an ordered layout is the same thing, coarser; a shorter text is another text.
+                ordered = isinstance(rule.layout, Prefix) and rule.most is not None
+                most = (rule.most or 0) * (rule.unit or 1)
+                streams[i][k] = stream[:most] if ordered and len(stream) > most else stream
         return streams
 
     def _request(

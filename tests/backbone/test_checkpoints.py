@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
+
 from anytok.backbone import checkpoints, masks
 from anytok.backbone.checkpoints import ExportError
 from anytok.backbone.transformer import Transformer
 from anytok.codecs.published import WeightsError
-
 from tests.backbone.tiny import transformer
 from tests.golden.load import load_golden
 

@@ -3,11 +3,11 @@ import random
 
 import pytest
 import torch
-from anytok.backbone.grammar import Grammar, GrammarError
-from anytok.backbone.interleave import EOS, Interleaver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anytok.backbone.grammar import Grammar, GrammarError
+from anytok.backbone.interleave import EOS, Interleaver
 from tests.backbone.tiny import RULES
 
 SETS = [

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+
 from anytok.backbone.interleave import BOS, EOS, Interleaver, Item, Packed, fill
 from anytok.backbone.rules import Rule
 from anytok.backbone.vocabulary import Block, Vocabulary, VocabularyError
@@ -10,7 +11,6 @@ from anytok.codecs.layout import Frames, Grid, Octree, Prefix
 from anytok.codecs.stream import Part, StreamError, TokenStream
 from anytok.codecs.text import TextCodec
 from anytok.modalities.text import Text
-
 from tests.backbone.tiny import RULES, Thumbnail
 
 

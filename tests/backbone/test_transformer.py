@@ -1,12 +1,12 @@
 import pytest
 import torch
+
 from anytok.backbone import masks
 from anytok.backbone.cache import KVCache
 from anytok.backbone.conditions import ClassCondition, FeatureCondition, IdCondition
 from anytok.backbone.heads import next_token_loss
 from anytok.backbone.rope import rotary_1d
 from anytok.backbone.transformer import Transformer, TransformerConfig
-
 from tests.backbone.tiny import transformer
 
 KINDS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from anytok.backbone.directory import Model
 from anytok.backbone.interleave import Interleaver
 from anytok.backbone.rules import Rule
@@ -19,9 +20,9 @@ class Thumbnail(Codec):
 
     system = "thumbnail"
 
-    def __init__(self, name: str = "thumbnail/tiny", levels: int = 16):
+    def __init__(self, name: str = "thumbnail/tiny", levels: int = 16, brightest: float = 1.0):
         super().__init__()
-        self.levels = torch.nn.Parameter(torch.linspace(0, 1, levels), requires_grad=False)
+        self.levels = torch.nn.Parameter(torch.linspace(0, brightest, levels), requires_grad=False)
         self.spec = CodecSpec(
             name=name,
             modality="image",
