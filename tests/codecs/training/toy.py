@@ -39,6 +39,7 @@ class Toy(Task):
     def networks(self):
         drop = nn.Dropout(0.1 if self.chance else 0.0)
         main = nn.Sequential(nn.Linear(4, 8), drop, nn.Tanh(), nn.Linear(8, 2))
+        main.spare = nn.Parameter(torch.ones(3))  # logged, never learned
         adversary = {"adversary": nn.Linear(2, 1)} if self.config["model"]["adversary"] else {}
         return {"main": main, **adversary, "frozen": nn.Identity()}
 
@@ -67,7 +68,9 @@ class Toy(Task):
         loss = error + (float("nan") if step == self.poison else 0.0)
         if "adversary" in networks and step >= 4:
             loss = loss - 0.1 * networks["adversary"](out).mean()
-        return {"loss": loss, "error": error, "draw": torch.rand((), generator=rng)}
+        return {"loss": loss, "error": error, "draw": torch.rand((), generator=rng)} | {
+            "spare": networks["main"].spare.sum()
+        }
 
     def evaluate(self, networks, step):
         points = [Points()[i] for i in range(23)]
