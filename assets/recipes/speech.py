@@ -69,10 +69,10 @@ class Clip:
         return f"{self.engine}-{self.voice.replace('+', '-')}/{mark}.flac"
 
 
-def build(out: Path, *, hours: float = 1.0, workers: int = 2) -> Path:
+def build(out: Path, *, hours: float = 3.0, workers: int = 2) -> Path:
     """Speak until `hours` are full (unseen speakers come on top), into `out/speech`."""
     folder = out / "speech"
-    if begin(folder, {"hours": hours, "seed": SEED}):
+    if begin(folder, {"hours": float(hours), "seed": SEED}):
         return folder
     for command in ("flite", "espeak-ng"):
         tool(command, f"install the package '{command}' (Debian: apt-get install {command})")
@@ -196,7 +196,7 @@ def _row(clip: Clip, seconds: float) -> Row:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder of all data sets")] = OUT,
-    hours: Annotated[float, typer.Option(min=0.01, help="of train and held together")] = 1.0,
+    hours: Annotated[float, typer.Option(min=0.01, help="of train and held together")] = 3.0,
     workers: Annotated[int, typer.Option(min=1, help="processes that speak")] = 2,
 ) -> None:
     """Synthesise transcribed English speech with flite and espeak-ng (16 kHz FLAC)."""
