@@ -44,6 +44,8 @@ class CodecSpec:
         compose: how the decoder joins the codes of one position: "single", "sum" (RVQ) or "concat" (FSQ, BSQ).
         prefix_step: `stream[:k]` decodes for multiples of it; None for none.
         depth_prefix: whether the first n depths decode.
+        position_tables: the first so many positions each have a table of their own: the same code means another thing
+            at each; 0 where all positions share one.
         streaming: whether `encoder_stream` and `decoder_stream` exist.
         fit: how a source that is not of the codec's size is fitted.
         rate: positions per second (audio, video), else None.
@@ -60,6 +62,7 @@ class CodecSpec:
     decodes: bool = True
     prefix_step: int | None = None
     depth_prefix: bool = False
+    position_tables: int = 0
     streaming: bool = False
     fit: Fit = "native"
     rate: float | None = None
@@ -94,6 +97,10 @@ class Codec(nn.Module):
     def code_vectors(self, part: int = 0, depth: int = 0) -> Tensor:
         """What the decoder receives for each code: [V, d]."""
         raise CodecUnavailable(f"'{self.spec.name}' has no table of code vectors")
+
+    def position_vectors(self, position: int) -> Tensor:
+        """As `code_vectors`, for a position with a table of its own (`spec.position_tables`): [V, d]."""
+        raise CodecUnavailable(f"'{self.spec.name}' has no tables of single positions")
 
     @property
     def device(self) -> torch.device:

@@ -172,6 +172,7 @@ class OneDPieceMini(Codec):
             vocab=((config.codes,),),
             layout=Prefix(config.tokens),
             prefix_step=1,
+            position_tables=config.head_tokens,
             fit="resize",
             size=(config.image_size, config.image_size),
             weights_licence="Apache-2.0",
@@ -281,6 +282,12 @@ class OneDPieceMini(Codec):
         """Ids [B, k], 1 <= k <= tokens, to pixels [B, 3, S, S], not clamped."""
         pixels, counts = self.linear(codes)
         return self.repair(pixels.to(self.dtype), counts.to(self.dtype))
+
+    def position_vectors(self, position: int) -> Tensor:
+        """What code v of a head token adds to the components: [V, P]."""
+        vectors = torch.zeros(self.config.codes, self.config.components, device=self.device)
+        vectors[:, self.picks[position]] = self.head(position)
+        return vectors
 
     # media
 
