@@ -350,5 +350,72 @@ def generate(
                 )
 
 
+Data = Annotated[
+    Path,
+    typer.Option("--data", help="Folder of media files, or of data sets that the recipes wrote."),
+]
+RunFolder = Annotated[
+    Path, typer.Option("--out", "-o", help="The run's folder; a run that lies there goes on.")
+]
+Minutes = Annotated[float | None, typer.Option(help="Training time; replaces the config's budget.")]
+Steps = Annotated[Optional[int], typer.Option(help="Updates; replaces the config's budget.")]  # noqa: UP045
+
+
+@train_app.command("codec")
+def train_codec(
+    data: Data,
+    system: Annotated[str, typer.Option(help="onedpiece, rvq, cvivit or octgpt.")],
+    folder: RunFolder = Path("runs/codec"),
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A JSON config; default: that of the system's mini."),
+    ] = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+) -> None:
+    """Train a codec on a folder, here in one process; for several GPUs: accelerate launch -m anytok.codecs.train."""
+    from .codecs.train import train
+
+    with _training_errors():
+        made = train(
+            config or f"{system}_mini",
+            out=str(folder),
+            data=str(data),
+            minutes=minutes,
+            steps=steps,
+        )
+        out.print(f"{made}: load it with load_codec({str(made)!r})", highlight=False)
+
+
+@train_app.command("backbone")
+def train_backbone(
+    data: Data,
+    folder: RunFolder = Path("runs/backbone"),
+    config: Annotated[
+        str, typer.Option(help="A JSON config, or the name of one that ships.")
+    ] = "mini",
+    minutes: Minutes = None,
+    steps: Steps = None,
+) -> None:
+    """Train a backbone on tokenised corpora; for several GPUs: accelerate launch -m anytok.backbone.train."""
+    from .backbone.train import train
+
+    with _training_errors():
+        made = train(config, out=str(folder), data=str(data), minutes=minutes, steps=steps)
+        out.print(f"{made}: load it with AnyToAny.load({str(made)!r})", highlight=False)
+
+
+@contextmanager
+def _training_errors() -> Iterator[None]:
+    from .codecs.training.checkpoint import CheckpointError
+    from .codecs.training.engine import StopRun, TrainingError
+
+    try:
+        with _errors():
+            yield
+    except (CheckpointError, TrainingError, StopRun, OSError) as error:
+        _fail(error, EXIT_MODEL)
+
+
 if __name__ == "__main__":
     app()

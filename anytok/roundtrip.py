@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from . import modalities
 from .codecs import Codec, StreamError, TokenStream
 from .modalities import Audio, Image, Media, Shape, Text, Video, measure

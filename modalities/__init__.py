@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .audio import Audio
     from .errors import MediaError
     from .image import Image
-    from .media import MODALITIES, Media, load, save
+    from .media import MODALITIES, Media, load, medium_of, save
     from .shape import Shape
     from .text import Text
     from .video import Video
@@ -27,6 +27,7 @@ __all__ = [
     "Text",
     "Video",
     "load",
+    "medium_of",
     "save",
 ]
 
@@ -40,6 +41,7 @@ _HOME = {
     "Text": "text",
     "Video": "video",
     "load": "media",
+    "medium_of": "media",
     "save": "media",
 }
 
