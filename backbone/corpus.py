@@ -54,7 +54,8 @@ def tokenize(
     splits: Sequence[str] = ("train",),
     seed: int = 0,
     batch: int = 64,
-    shard: int = 512,
+    shard: int = 256,
+    share: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Tokenise the recipe folder `source` into `out`; returns `out`.
@@ -64,6 +65,7 @@ def tokenize(
         copies: how often an item of `splits` is tokenised: once as it is, else through `augment`. Others: once.
         augment: modality -> what makes another copy of a medium.
         shard: items a file.
+        share: (i, n): this process does every n-th shard, from the i-th.
         progress: called with (items done, items).
 
     Raises:
@@ -73,7 +75,8 @@ def tokenize(
     lines = (source / "data.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     _claim(out, codecs, {"copies": copies, "splits": list(splits), "seed": seed, "shard": shard})
-    for start in range(0, len(rows), shard):
+    read = _Reader(source, rows, augment or {}, seed)
+    for start in range(share[0] * shard, len(rows), share[1] * shard):
         path = out / f"shard-{start // shard:05d}.parquet"
         if not path.is_file():
             jobs = [
@@ -81,8 +84,7 @@ def tokenize(
                 for item in range(start, min(start + shard, len(rows)))
                 for copy in range(copies if rows[item]["split"] in splits else 1)
             ]
-            records = _encode(source, rows, jobs, codecs, augment or {}, seed, batch)
-            _write(list(records), path)
+            _write(list(_encode(read, jobs, codecs, batch)), path)
         if progress is not None:
             progress(min(start + shard, len(rows)), len(rows))
     return out
@@ -182,20 +184,14 @@ def _about(path: Path) -> dict:
 
 
 def _encode(
-    source: Path,
-    rows: list[dict],
-    jobs: list[tuple[int, int]],
-    codecs: Mapping[str, Codec],
-    augment: Mapping[str, Augment],
-    seed: int,
-    batch: int,
+    read: _Reader, jobs: list[tuple[int, int]], codecs: Mapping[str, Codec], batch: int
 ) -> Iterator[dict]:
     for start in range(0, len(jobs), batch):
         chunk = jobs[start : start + batch]
-        records = [_record(rows[item], item, copy) for item, copy in chunk]
+        records = [_record(read.rows[item], item, copy) for item, copy in chunk]
         for modality, codec in codecs.items():
-            have = [i for i, (item, _) in enumerate(chunk) if rows[item].get(modality)]
-            media = [_medium(source, rows, *chunk[i], modality, augment, seed) for i in have]
+            have = [i for i, (item, _) in enumerate(chunk) if read.rows[item].get(modality)]
+            media = [read(*chunk[i], modality) for i in have]
             with torch.inference_mode():
                 streams = codec.encode(media) if media else []
             for record in records:
@@ -215,21 +211,24 @@ def _record(row: dict, item: int, copy: int) -> dict:
     }
 
 
-def _medium(
-    source: Path,
-    rows: list[dict],
-    item: int,
-    copy: int,
-    modality: str,
-    augment: Mapping[str, Augment],
-    seed: int,
-):
-    value = rows[item][modality]
-    cls = MODALITIES[modality]
-    medium = cls(value) if modality == "text" else cls.load(source / value)
-    if copy == 0 or modality not in augment:
-        return medium
-    return augment[modality](medium, torch.Generator().manual_seed(derived(seed, item, copy)))
+class _Reader:
+    """Media of a recipe's rows; the copies of one item are made from one reading."""
+
+    def __init__(self, source: Path, rows: list[dict], augment: Mapping[str, Augment], seed: int):
+        self.source, self.rows, self.augment, self.seed = source, rows, augment, seed
+        self._last: dict[str, tuple[int, object]] = {}
+
+    def __call__(self, item: int, copy: int, modality: str) -> object:
+        place, medium = self._last.get(modality, (-1, None))
+        if place != item:
+            value = self.rows[item][modality]
+            cls = MODALITIES[modality]
+            medium = cls(value) if modality == "text" else cls.load(self.source / value)
+            self._last[modality] = (item, medium)
+        if copy == 0 or modality not in self.augment:
+            return medium
+        rng = torch.Generator().manual_seed(derived(self.seed, item, copy))
+        return self.augment[modality](medium, rng)
 
 
 def _write(records: list[dict], path: Path) -> None:
@@ -241,41 +240,44 @@ def _write(records: list[dict], path: Path) -> None:
     partial.replace(path)
 
 
-def changed_picture(
-    image, rng: torch.Generator, *, size: int = 128, flip: float = 0.0, gray: float = 0.0
-):
-    """Another copy of a drawing: scaled, turned, shifted, sheared a little, recoloured, on white or a flat colour.
-
-    Small models otherwise learn a drawing's exact codes by heart instead of what it shows.
-    """
-    import torch.nn.functional as F
-
+def changed_picture(image, rng: torch.Generator, *, size: int = 64):
+    """Another copy of a drawing; see `changed`."""
     from ..modalities.image import Image
 
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=rng))
-
     alpha = image.alpha if image.alpha is not None else torch.ones_like(image.pixels[:1])
-    planes = torch.cat([image.pixels * alpha, alpha])[None]
-    angle, scale = torch.tensor(uniform(-0.2, 0.2)), 1 / uniform(0.75, 1.15)
-    mirror = -1.0 if uniform(0, 1) < flip else 1.0
+    return Image(changed(torch.cat([image.pixels, alpha])[None], size, rng)[0])
+
+
+def changed(pictures: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """Drawings scaled, turned, shifted and sheared a little, recoloured, on white or on a flat colour.
+
+    Small models otherwise learn a drawing's exact codes by heart instead of what it shows.
+
+    Args:
+        pictures: [B, 4, H, W] in [0, 1], with alpha, not premultiplied.
+
+    Returns:
+        [B, 3, size, size].
+    """
+    n = len(pictures)
+
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        values = torch.rand(n, *shape, generator=rng, device=rng.device)
+        return (low + (high - low) * values).to(pictures.device)
+
+    angle, scale = draw(-0.2, 0.2), 1 / draw(0.75, 1.15)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    theta = torch.stack(
-        [
-            torch.stack([cos * mirror * uniform(0.9, 1.1), -sin, torch.tensor(uniform(-0.1, 0.1))]),
-            torch.stack([sin * mirror, cos * uniform(0.9, 1.1), torch.tensor(uniform(-0.1, 0.1))]),
-        ]
-    )
-    grid = F.affine_grid(theta[None], (1, 4, size, size), align_corners=False)
-    planes = F.grid_sample(planes, grid, mode="bilinear", align_corners=False)[0]
-    colour, alpha = _recoloured(planes[:3], uniform, gray), planes[3:]
-    ground = torch.ones(3) if uniform(0, 1) < 0.6 else torch.rand(3, generator=rng)
-    return Image((colour + ground[:, None, None] * (1 - alpha)).clamp(0, 1))
-
-
-def _recoloured(pixels: Tensor, uniform: Callable[[float, float], float], gray: float) -> Tensor:
-    """Contrast, brightness, saturation and each channel's gain, a little each."""
-    level = pixels.mean(0, keepdim=True)
-    keep = 0.0 if uniform(0, 1) < gray else uniform(0.7, 1.3)
-    gains = torch.tensor([uniform(0.85, 1.15) for _ in range(3)])[:, None, None]
-    return (level + (pixels - level) * keep) * gains * uniform(0.85, 1.15)
+    x, y = draw(-0.1, 0.1), draw(-0.1, 0.1)
+    rows = [cos * draw(0.9, 1.1), -sin, x], [sin, cos * draw(0.9, 1.1), y]
+    theta = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    grid = torch.nn.functional.affine_grid(theta, [n, 4, size, size], align_corners=False)
+    planes = torch.cat([pictures[:, :3] * pictures[:, 3:], pictures[:, 3:]], 1)
+    half = torch.nn.functional.interpolate(planes, size=(size, size), mode="area")
+    planes = torch.nn.functional.grid_sample(half, grid, mode="bicubic", align_corners=False)
+    colour, alpha = planes[:, :3], planes[:, 3:].clamp(0, 1)
+    grey = colour.mean(1, keepdim=True)
+    colour = grey + (colour - grey) * draw(0.7, 1.3, 1, 1, 1)
+    colour = colour * draw(0.85, 1.15, 3, 1, 1) * draw(0.85, 1.15, 1, 1, 1)
+    white = draw(0, 1, 1, 1, 1) < 0.6
+    ground = torch.where(white, torch.ones_like(colour[:, :, :1, :1]), draw(0, 1, 3, 1, 1))
+    return (colour + ground * (1 - alpha)).clamp(0, 1)

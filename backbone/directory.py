@@ -3,13 +3,15 @@
 config.json         sizes (transformers reads them too, where it can), and under "anytok": format, name, version,
                     codecs (modality -> name@fingerprint), pairs (what it was trained to write from what),
                     generation defaults
-model.safetensors   weights, Llama's names
+model.safetensors   weights, Llama's names; where codes are grounded (`grounded.py`), the maps in place of their rows:
+                    "anytok.grounded" names the modality, and its codec is loaded with the model
 vocabulary.json     the vocabulary, and each codec's rule
 tokenizer.json      of the text, where it is not bytes
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,12 +20,13 @@ from pathlib import Path
 import torch
 
 from ..codecs.codec import Codec
-from ..codecs.published import WeightsError
+from ..codecs.published import WeightsError, load_into, read_weights, write_safetensors
 from ..codecs.registry import load_codec
 from ..codecs.text import TextCodec
 from . import checkpoints
+from .grounded import Grounded, Grounding
 from .interleave import Interleaver
-from .transformer import Transformer
+from .transformer import Transformer, TransformerConfig
 
 
 class ModelError(ValueError):
@@ -39,6 +42,7 @@ class Model:
         pairs: (read, write) modalities that it was trained on.
         generation: defaults of sampling, by written modality.
         codecs: the other modalities' codecs, loaded so far.
+        grounded: what `transformer` was folded from, where its codes are grounded.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Model:
     pairs: tuple[tuple[str, str], ...]
     generation: Mapping[str, object] = field(default_factory=dict)
     codecs: dict[str, Codec] = field(default_factory=dict)
+    grounded: Grounded | None = None
 
     def codec(self, modality: str) -> Codec:
         """The codec of a modality, loaded when first asked for.
@@ -79,8 +84,11 @@ def save_model(model: Model, path: str | Path, *, dtype: torch.dtype | None = No
     from .. import __version__
 
     path = Path(path)
-    checkpoints.save(model.transformer, path, dtype=dtype)
-    config = json.loads((path / "config.json").read_text())
+    if model.grounded is None:
+        checkpoints.save(model.transformer, path, dtype=dtype)
+        config = _json(path / "config.json")
+    else:
+        config = _save_grounded(model.grounded, path, dtype)
     config["anytok"] |= {
         "name": model.name,
         "version": __version__,
@@ -103,17 +111,17 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Model:
         ModelError: the vocabulary does not fit the weights, or the tokenizer is another one.
     """
     path = Path(path)
-    transformer = checkpoints.load(path, dtype=dtype)
     about = _json(path / "config.json").get("anytok", {})
     if "codecs" not in about:
         raise ModelError(
             f"{path} holds a transformer without a vocabulary; load it with `checkpoints.load`"
         )
     interleaver = Interleaver.from_json(_json(path / "vocabulary.json"))
+    config = checkpoints.config_of(path)
     size = interleaver.vocabulary.size
-    if size != transformer.config.vocab_size:
+    if size != config.vocab_size:
         raise ModelError(
-            f"{path}: vocabulary.json has {size} ids, the weights have {transformer.config.vocab_size}"
+            f"{path}: vocabulary.json has {size} ids, the weights have {config.vocab_size}"
         )
     file = path / "tokenizer.json"
     name = interleaver.rule("text").name
@@ -122,14 +130,45 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Model:
         raise ModelError(
             f"{file} is '{text.identity}', the model was trained with '{interleaver.rule('text').codec}'"
         )
-    return Model(
+    model = Model(
         name=about["name"],
-        transformer=transformer,
+        transformer=None,  # type: ignore[arg-type]  # a grounded one needs the codec, which the model checks
         interleaver=interleaver,
         text=text,
         pairs=tuple((read, write) for read, write in about["pairs"]),
         generation=about["generation"],
     )
+    if "grounded" in about:
+        model.grounded = _load_grounded(model, about["grounded"], path, config)
+        model.transformer = model.grounded.folded().to(dtype=dtype or torch.float32)
+    else:
+        model.transformer = checkpoints.load(path, dtype=dtype)
+    return model
+
+
+def _save_grounded(grounded: Grounded, path: Path, dtype: torch.dtype | None) -> dict:
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().to("cpu", dtype).clone() for k, v in grounded.state_dict().items()}
+    del tensors["transformer.lm_head.weight"]  # tied
+    write_safetensors(tensors, path / "model.safetensors", {"format": "pt"})
+    about = {
+        "format": checkpoints.FORMAT,
+        "transformer": dataclasses.asdict(grounded.config),
+        "grounded": grounded.modality,
+    }
+    return {"anytok": about}
+
+
+def _load_grounded(model: Model, modality: str, path: Path, config: TransformerConfig) -> Grounded:
+    grounding = Grounding.of(model.interleaver, model.codec(modality))
+    grounded = Grounded(config, grounding)
+    weights = read_weights(path / "model.safetensors")
+    tensors = {k: v.float() for k, v in weights.tensors.items()}
+    rows = tensors.get("transformer.model.embed_tokens.weight")
+    if rows is not None:
+        tensors["transformer.lm_head.weight"] = rows
+    load_into(grounded, tensors, source=weights.source)
+    return grounded.eval()
 
 
 def _json(path: Path) -> dict:

@@ -167,18 +167,25 @@ def _automaton(rule: Rule, blocks: Sequence[Block], limit: int | None):
     if isinstance(rule.layout, Octree):
         return _OctreeBlock(rule.layout, blocks)
     ranges = [(b.start, b.stop) for b in blocks]
+    if rule.tables:
+        return _FrameBlock(ranges, (rule.unit or 1), most, depth=1)
     kind = _FrameBlock if rule.flatten == "frame" else _RunBlock
     return kind(ranges, rule.unit or 1, most)
 
 
 class _FrameBlock:
-    """Whole units of positions, all depths of a position together. Inner state: (ids so far,)."""
+    """Whole units of positions, all depths of a position together. Inner state: (ids so far,).
+
+    `depth` 1 where the ranges are those of single positions.
+    """
 
     first = (0,)
 
-    def __init__(self, ranges: list[Range], unit: int, most: int | None):
+    def __init__(
+        self, ranges: list[Range], unit: int, most: int | None, *, depth: int | None = None
+    ):
         self.ranges = [(r,) for r in ranges]
-        self.unit = self.least = unit * len(ranges)
+        self.unit = self.least = unit * (depth or len(ranges))
         self.stop = None if most is None else most * self.unit
 
     def allowed(self, inner: tuple[int, ...]) -> tuple[tuple[Range, ...], bool]:

@@ -39,6 +39,8 @@ class Rule:
         flatten: the order of the ids.
         shape: positions of one frame or picture, where the layout leaves it open.
         limit: the most positions (prefix) or frames that a model reads and writes; None for the layout's own.
+        tables: each of the first so many positions has a block of its own (the codec's `position_tables`); 0 for
+            one block for all. Then no stream has more positions.
         meta: what streams that a model wrote say to the decoder.
     """
 
@@ -51,6 +53,7 @@ class Rule:
     limit: int | None = None
     prefix_step: int | None = None
     depth_prefix: bool = False
+    tables: int = 0
     meta: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -64,6 +67,10 @@ class Rule:
         if not octree and len(self.vocab) != 1:
             raise ValueError(
                 f"'{self.codec}' has {len(self.vocab)} parts, only octrees may have several"
+            )
+        if self.tables and (self.depth > 1 or not isinstance(self.layout, Prefix)):
+            raise ValueError(
+                f"'{self.codec}': blocks of single positions go with a prefix layout of depth 1"
             )
         if self.unit is None and not octree:
             raise ValueError(f"'{self.codec}' leaves its grid open ({self.layout}): give `shape`")
@@ -93,6 +100,7 @@ class Rule:
             limit=limit,
             prefix_step=spec.prefix_step,
             depth_prefix=spec.depth_prefix,
+            tables=min(spec.position_tables, limit or spec.position_tables),
             meta=meta or {},
         )
 
@@ -123,7 +131,7 @@ class Rule:
             return 1
         own = None
         if isinstance(self.layout, Prefix):
-            own = self.layout.max_length // (self.unit or 1)
+            own = (self.tables or self.layout.max_length) // (self.unit or 1)
         elif isinstance(self.layout, Frames):
             own = self.layout.max_frames
         return min((n for n in (self.limit, own) if n is not None), default=None)
@@ -141,6 +149,9 @@ class Rule:
         """The blocks of ids that this rule needs; their `start` is still 0."""
         blocks = []
         for part, sizes in enumerate(self.vocab):
+            if self.tables:
+                blocks += [self._block(part, 0, sizes[0], position=t) for t in range(self.tables)]
+                continue
             if self.flatten != "octree":
                 blocks += [self._block(part, d, size) for d, size in enumerate(sizes)]
                 continue
@@ -149,8 +160,18 @@ class Rule:
             blocks += [self._block(part, d, 256, pack=8) for d in range(0, len(sizes), 8)]
         return blocks
 
-    def _block(self, part: int, depth: int, size: int, pack: int = 1) -> Block:
-        return Block(codec=self.name, part=part, depth=depth, start=0, size=size, pack=pack)
+    def _block(
+        self, part: int, depth: int, size: int, *, pack: int = 1, position: int = 0
+    ) -> Block:
+        return Block(
+            codec=self.name,
+            part=part,
+            depth=depth,
+            position=position,
+            start=0,
+            size=size,
+            pack=pack,
+        )
 
     def to_json(self) -> dict[str, object]:
         """JSON values."""
@@ -184,7 +205,10 @@ def ids_of(stream: TokenStream, rule: Rule, blocks: Sequence[Block]) -> Tensor:
         raise StreamError(
             f"stream of '{stream.codec}' has {len(stream.codes)} positions, the model takes {most}"
         )
-    table = stream.codes + torch.tensor([b.start for b in blocks])
+    starts = torch.tensor([b.start for b in blocks])
+    if rule.tables:
+        return stream.codes[:, 0] + starts[: len(stream.codes)]
+    table = stream.codes + starts
     return table.flatten() if rule.flatten == "frame" else table.T.flatten()
 
 
@@ -198,6 +222,10 @@ def codes_of(ids: Tensor, rule: Rule, blocks: Sequence[Block]) -> list[Tensor]:
         return _octree_codes(ids, rule, blocks)
     if len(ids) % rule.depth or len(ids) == 0:
         raise StreamError(f"the block has {len(ids)} ids, expected a multiple of {rule.depth}")
+    if rule.tables:
+        if len(ids) > rule.tables:
+            raise StreamError(f"the block has {len(ids)} ids, expected at most {rule.tables}")
+        return [torch.stack([_codes(id[None], b) for id, b in zip(ids, blocks)])]
     order = "(n d) -> d n" if rule.flatten == "frame" else "(d n) -> d n"
     columns = rearrange(ids, order, d=rule.depth)
     return [torch.stack([_codes(column, b) for column, b in zip(columns, blocks)], dim=1)]

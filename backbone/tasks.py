@@ -24,15 +24,16 @@ from ..codecs.registry import load_codec
 from ..codecs.stream import TokenStream
 from ..codecs.text import TextCodec, TextConfig
 from ..codecs.training.engine import Task, adamw
+from ..codecs.training.entry import settings
 from ..codecs.training.loader import RandomDataset
 from ..modalities.text import Text
 from . import masks
 from .corpus import Corpus, Document
 from .directory import Model, save_model
-from .grounded import Grounded
+from .grounded import Grounded, Grounding
 from .interleave import Interleaver, Item, Packed, fill
 from .rules import Rule
-from .transformer import Transformer, TransformerConfig
+from .transformer import TransformerConfig
 from .words import word_tokenizer
 
 
@@ -68,30 +69,21 @@ class PairsConfig:
     """What is learned, and from what.
 
     Args:
-        corpora: folders that `corpus.tokenize` wrote.
+        root: the folder of the corpora.
+        corpora: folders below it that `corpus.tokenize` wrote.
         codecs: modality -> codec name or file, for grounding and export; text is a word tokenizer of the corpora.
         pairs: the directions.
         front: (how many first positions of a written prefix, how much more they weigh).
         context: ids a row.
     """
 
+    root: str = "data"
     corpora: tuple[str, ...]
     codecs: Mapping[str, str]
     pairs: tuple[Pair, ...]
     front: tuple[int, float] = (8, 2.0)
     context: int = 128
-    name: str = "anytok/mini"
     generation: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PairsConfig:
-        """From a run config's "data"."""
-        pairs = tuple(
-            Pair(**{k: tuple(v) if isinstance(v, list) else v for k, v in pair.items()})
-            for pair in data["pairs"]
-        )
-        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**{**rest, "pairs": pairs})
 
 
 class PairsTask(Task):
@@ -103,18 +95,19 @@ class PairsTask(Task):
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
-        self.data = PairsConfig.from_json(config["data"])
-        self.corpora = [Corpus(path) for path in self.data.corpora]
+        pairs = [settings(Pair, pair, "data.pairs") for pair in config["data"]["pairs"]]
+        self.data = settings(PairsConfig, {**config["data"], "pairs": pairs}, "data")
+        self.corpora = [Corpus(Path(self.data.root) / path) for path in self.data.corpora]
         self.codecs = {m: load_codec(name) for m, name in self.data.codecs.items()}
         self.text = text_codec([d.row for corpus in self.corpora for d in corpus.documents])
         self.interleaver = self._interleaver()
-        self.model = TransformerConfig(
-            **config["model"], vocab_size=self.interleaver.vocabulary.size
-        )
+        size = {"vocab_size": self.interleaver.vocabulary.size}
+        self.model = settings(TransformerConfig, {**config["model"], **size}, "model")
 
     def networks(self) -> dict[str, nn.Module]:
-        """The transformer, grounded in the codecs that know vectors of their codes."""
-        return {"backbone": Grounded(Transformer(self.model), self._vectors())}
+        """The transformer, grounded in the vectors of the codec's codes."""
+        (codec,) = self.codecs.values()
+        return {"backbone": Grounded(self.model, Grounding.of(self.interleaver, codec))}
 
     def optimizer(self, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW."""
@@ -162,8 +155,9 @@ class PairsTask(Task):
         grounded = networks["backbone"]
         assert isinstance(grounded, Grounded)
         model = Model(
-            name=self.data.name,
+            name=self.config.get("name", "anytok/mini"),
             transformer=grounded.folded().cpu(),
+            grounded=grounded,
             interleaver=self.interleaver,
             text=self.text,
             pairs=tuple((p.read, p.write) for p in self.data.pairs),
@@ -183,13 +177,6 @@ class PairsTask(Task):
     def _most_units(self, modality: str) -> int | None:
         units = [n for p in self.data.pairs for n in p.units if modality in (p.read, p.write)]
         return max(units, default=None)
-
-    def _vectors(self) -> dict[int, Tensor]:
-        vectors = {}
-        for codec in self.codecs.values():
-            for block in self.interleaver.vocabulary.of(codec.spec.name):
-                vectors[block.start] = codec.code_vectors(block.part, block.depth).detach()
-        return vectors
 
 
 class Pairs(RandomDataset):
@@ -265,20 +252,18 @@ def collate(rows: Sequence[Packed], context: int) -> dict[str, Tensor]:
     }
 
 
-def written_loss(network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weighted cross-entropy [nats an id] where a weight stands; logits are computed there alone."""
+def written_loss(network: Grounded, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weighted cross-entropy [nats an id] of what is written, over what the grammar allows."""
     ids, weights = batch["ids"], batch["weights"][:, 1:]
     mask = masks.causal(ids.shape[1] - 1, documents=batch["documents"][:, :-1], device=ids.device)
-    hidden, table = network(ids[:, :-1], batch["positions"][:, :-1], mask)
-    chosen = weights > 0
-    logits = F.linear(hidden[chosen], table.to(hidden.dtype)).float()
-    targets, weights = ids[:, 1:][chosen], weights[chosen]
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    right = (logits.argmax(-1) == targets).float()
-    return {
-        "loss": (losses * weights).sum() / weights.sum(),
-        "right": right.mean(),
-    }
+    hidden = network(ids[:, :-1], batch["positions"][:, :-1], mask)
+    slots = network.slots(ids)[:, 1:]
+    chosen = (weights > 0) & (slots != -2)
+    losses = network.losses(hidden[chosen], ids[:, 1:][chosen], slots[chosen])
+    weights, grounded = weights[chosen], (slots[chosen] >= 0).float()
+    parts = {"codes": grounded, "words": 1 - grounded}
+    means = {k: (losses.detach() * v).sum() / v.sum().clamp(min=1) for k, v in parts.items()}
+    return {"loss": (losses * weights).sum() / weights.sum(), **means}
 
 
 def text_codec(rows: Sequence[Mapping[str, Any]], *, extra: Sequence[str] = ()) -> TextCodec:

@@ -24,12 +24,14 @@ class Block:
     Args:
         codec: `system/variant`, without a fingerprint.
         depth: the depth, or the first of the `pack` depths that one id holds.
+        position: the position, where each has a table of its own; else 0.
         pack: how many bits one id holds; 1 where an id is a code.
     """
 
     codec: str
     part: int = 0
     depth: int = 0
+    position: int = 0
     start: int
     size: int
     pack: int = 1
@@ -84,12 +86,12 @@ class Vocabulary:
         return self.specials[name]
 
     def of(self, codec: str) -> tuple[Block, ...]:
-        """The blocks of a codec (`system/variant`), by part and depth."""
+        """The blocks of a codec (`system/variant`), by part, position and depth."""
         found = [b for b in self.blocks if b.codec == codec]
         if not found:
             known = ", ".join(dict.fromkeys(b.codec for b in self.blocks))
             raise VocabularyError(f"the vocabulary has no block of codec {codec!r}, it has {known}")
-        return tuple(sorted(found, key=lambda b: (b.part, b.depth)))
+        return tuple(sorted(found, key=lambda b: (b.part, b.position, b.depth)))
 
     def name(self, id: int) -> str:
         """What an id is, for error messages: `</image>`, or `onedpiece/mini:17`."""
