@@ -70,9 +70,68 @@ def _mini(system: str, modality: str, name: str, about: str) -> Entry:
 
 CODECS: dict[str, Entry] = {
     "text/bytes": Entry(system="text", modality="text", about="UTF-8 bytes, no weights"),
-    "onedpiece/mini": _mini("onedpiece", "image", "onedpiece/mini", "1-256 ordered tokens, 64x64"),
+    **{
+        f"onedpiece/{size}-256": Entry(
+            system="onedpiece",
+            modality="image",
+            files={
+                "weights": File(
+                    name="pytorch_model.bin",
+                    repo=f"turing-motors/One-D-Piece-{size.upper()}-256",
+                    alternatives=(f"one-d-piece_{size}256.bin",),
+                )
+            },
+            weights_licence="unknown (see the hub card)",
+            about=f"1-256 ordered tokens, 256x256, ViT-{size.upper()}",
+        )
+        for size in "sbl"
+    },
+    **{
+        f"titok/{variant}": Entry(
+            system="titok",
+            modality="image",
+            files={
+                "weights": File(
+                    name="model.safetensors",
+                    repo=f"yucornetto/tokenizer_titok_{hub}_imagenet",
+                    alternatives=("pytorch_model.bin", f"tokenizer_titok_{hub}.bin"),
+                )
+            },
+            weights_licence="Apache-2.0 (hub tag; research only says the README)",
+            about=about,
+        )
+        for variant, hub, about in (
+            ("l-32", "l32", "32 tokens, 256x256"),
+            ("b-64", "b64", "64 tokens, 256x256"),
+            ("s-128", "s128", "128 tokens, 256x256"),
+            ("bl-64", "bl64_vq8k", "64 tokens of 8,192 codes, 256x256"),
+            ("bl-128", "bl128_vq8k", "128 tokens of 8,192 codes, 256x256"),
+            ("sl-256", "sl256_vq8k", "256 tokens of 8,192 codes, 256x256"),
+            ("ll-32-vae", "ll32_vae_c16", "32 Gaussian latents, no tokens"),
+            ("bl-64-vae", "bl64_vae_c16", "64 Gaussian latents, no tokens"),
+            ("bl-128-vae", "bl128_vae_c16", "128 Gaussian latents, no tokens"),
+        )
+    },
+    "onedpiece/mini": _mini("onedpiece", "image", "onedpiece/mini", "1-224 ordered tokens, 64x64"),
     "rvq/mini": _mini("dac", "audio", "rvq/mini", "DAC-family residual VQ, 16 kHz speech"),
     "cvivit/mini": _mini("cvivit", "video", "cvivit/mini", "C-ViViT, causal in time, 64x64"),
+    **{
+        f"octgpt/{variant}": Entry(
+            system="octgpt",
+            modality="shape",
+            files={"weights": File(name=f"vqvae_large_{hub}_bsq32.pth", repo="wst2001/OctGPT")},
+            config={"full_depth": 3},
+            code_licence="MIT (file headers; the repository has no licence file)",
+            weights_licence="unknown (see the hub card)",
+            about=about,
+        )
+        for variant, hub, about in (
+            ("large", "im5_uncond", "256^3 octree, 32 code bits, five ShapeNet classes"),
+            ("large-category", "im5_cond", "256^3 octree, 32 code bits, for the category model"),
+            ("large-objaverse", "objv", "256^3 octree, 32 code bits, Objaverse"),
+            ("large-room", "room", "256^3 octree, 32 code bits, synthetic rooms"),
+        )
+    },
     "octgpt/mini": _mini("octgpt", "shape", "octgpt/mini", "octree split bits and BSQ codes"),
 }
 
