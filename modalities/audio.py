@@ -285,7 +285,7 @@ def open_container(file: BinaryIO, kind: str, name: str) -> Iterator[av.containe
     import av
 
     with translating(name, ffmpeg_failures(), f"cannot be read as {kind}"):
-        container = av.open(file, format=kind, metadata_errors="ignore")
+        container = av.open(file, "r", format=kind, metadata_errors="ignore")
     try:
         yield container
     finally:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,10 @@ def read(source: Source) -> Arrays:
     kind = _kind(content, source)
     with translating(name, _trimesh_failures(), f"cannot be read as {kind.upper()}"):
         _CHECKS[kind](content)
-        arrays = _parse(content, kind)
+        arrays = _parse(_plain(content, kind), kind)
         _check(arrays)
+        if kind == "ply" and arrays.faces is None and _ply_counts(content).get(b"face"):
+            raise ValueError("is cut short: faces are promised, none are there")
     return arrays
 
 
@@ -74,7 +77,9 @@ def write(arrays: Arrays, kind: str) -> bytes:
     import trimesh
 
     mesh = trimesh.Trimesh(arrays.vertices, arrays.faces, process=False)
-    return mesh.export(file_type=kind)
+    content = mesh.export(file_type=kind)
+    assert isinstance(content, bytes), "STL and GLB are binary"
+    return content
 
 
 def _kind(content: bytes, source: Source) -> str:
@@ -82,12 +87,28 @@ def _kind(content: bytes, source: Source) -> str:
     if kind not in (None, *KINDS):
         raise MediaError(name_of(source), f"is a {kind} file, expected OBJ, PLY, STL, OFF or GLB")
     kind = kind or SUFFIXES.get(suffix_of(source))
-    if len(content) >= 84 and len(content) == 84 + 50 * struct.unpack_from("<I", content, 80)[0]:
-        return "stl"  # binary: no magic number, but the count fits to the byte
+    if _is_binary_stl(content):
+        return "stl"
     if kind not in KINDS:
         cause = f"begins {describe(content)}, which is no OBJ, PLY, STL, OFF or GLB"
         raise MediaError(name_of(source), cause)
     return kind
+
+
+def _is_binary_stl(content: bytes) -> bool:
+    """There is no magic number, but the number of triangles fits the length to the byte."""
+    return len(content) >= 84 and len(content) == 84 + 50 * struct.unpack_from("<I", content, 80)[0]
+
+
+def _plain(content: bytes, kind: str) -> bytes:
+    """Text formats as UTF-8, and without an STL's normals, which trimesh reads, fails on, and does not need."""
+    if kind not in ("obj", "off", "stl") or (kind == "stl" and _is_binary_stl(content)):
+        return content
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        content = content.decode("latin-1").encode("utf-8")  # names of materials, comments
+    return re.sub(rb"(?i)facet\s+normal[^\n]*", b"facet", content) if kind == "stl" else content
 
 
 def _parse(content: bytes, kind: str) -> Arrays:
@@ -96,7 +117,7 @@ def _parse(content: bytes, kind: str) -> Arrays:
     scene = trimesh.load_scene(
         io.BytesIO(content), file_type=kind, process=False, skip_materials=True
     )
-    parts = scene.dump()
+    parts: list[Any] = scene.dump()
     meshes = [part for part in parts if isinstance(part, trimesh.Trimesh) and len(part.faces)]
     if meshes:
         mesh = trimesh.util.concatenate(meshes)
@@ -161,24 +182,27 @@ def _check_off(content: bytes) -> None:
 
 
 def _check_ply(content: bytes) -> None:
-    header, found, _ = content[:65536].partition(b"end_header")
-    if not found:
-        raise ValueError("has no end_header")
-    counts = {}
-    for line in header.splitlines():
-        words = line.split()
-        if words[:1] == [b"element"]:
-            counts[words[1]] = int(words[2])
+    counts = _ply_counts(content)
     _limit(counts.get(b"vertex", 0), counts.get(b"face", 0))
     _limit(sum(counts.values()) // 2, 0)
+    header, _, body = content.partition(b"end_header")
     if b"format ascii" in header:
-        rows = sum(1 for line in content[len(header) :].splitlines()[1:] if line.strip())
+        rows = sum(1 for line in body.splitlines()[1:] if line.strip())
         if rows < sum(counts.values()):
             raise ValueError(f"is cut short: {sum(counts.values())} rows promised, {rows} present")
 
 
+def _ply_counts(content: bytes) -> dict[bytes, int]:
+    """Element name → how many the header promises."""
+    header, found, _ = content[:65536].partition(b"end_header")
+    if not found:
+        raise ValueError("has no end_header")
+    rows = [line.split() for line in header.splitlines()]
+    return {words[1]: int(words[2]) for words in rows if words[:1] == [b"element"]}
+
+
 def _check_stl(content: bytes) -> None:
-    if len(content) >= 84 and len(content) == 84 + 50 * struct.unpack_from("<I", content, 80)[0]:
+    if _is_binary_stl(content):
         return _limit(0, struct.unpack_from("<I", content, 80)[0])
     if b"\0" in content[:512] or not content.lstrip()[:5].lower() == b"solid":
         raise ValueError("is cut short or no STL: its length does not fit its number of triangles")

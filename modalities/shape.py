@@ -82,7 +82,9 @@ class Shape:
             ValueError: a point cloud in a format that would lose its normals.
         """
         kind = format_of(path, SAVE_SUFFIXES)
-        arrays = meshfile.Arrays(*(_numpy(x) for x in (self.vertices, self.faces, self.normals)))
+        arrays = meshfile.Arrays(
+            self.vertices.detach().cpu().numpy(), _numpy(self.faces), _numpy(self.normals)
+        )
         write_bytes(path, meshfile.write(arrays, kind))
 
     @classmethod
