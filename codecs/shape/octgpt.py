@@ -182,7 +182,9 @@ class OctGPT(Codec):
                 f"the shape's extent is {scale}, too small for float32; scale it up first"
             )
         if small.faces is not None:
-            cloud = oriented(small, repair=options.repair).sample(count, rng)
+            if options.repair:
+                small = oriented(small, resolution=2**self.config.network.depth)
+            cloud = small.sample(count, rng)
         else:
             cloud = small.sample(min(count, len(small.vertices)), rng)
         shrink = self._shrink(cloud.vertices)
@@ -246,16 +248,11 @@ class OctGPT(Codec):
         return torch.tensor([[-value], [value]], device=self.device)
 
 
-def oriented(shape: Shape, *, repair: bool) -> Shape:
-    """A mesh whose faces look outwards, closed where it was open; a repair is logged.
-
-    Where `repair` is False the faces are taken as they are: an open sheet has two sides, and the codec sees one.
-    """
-    if not repair:
-        return shape
+def oriented(shape: Shape, *, resolution: int) -> Shape:
+    """A mesh whose faces look outwards, closed where it was open, on a grid of `resolution`; a repair is logged."""
     from ...modalities.watertight import make_watertight
 
-    closed = make_watertight(shape)
+    closed = make_watertight(shape, resolution=resolution)
     if closed.method == "turned":
         logger.warning("faces of the mesh looked inwards: they were turned before encoding")
     elif closed.method != "unchanged":
