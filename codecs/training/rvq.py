@@ -1,10 +1,11 @@
 """Training a DAC (the losses of arXiv 2306.06546 §3, at the size that a CPU affords).
 
-    loss = 15 mel + 10 stft + 0.25 commitment + 1 codebook
+    loss = 15 mel + 15 stft + 0.25 commitment + 1 codebook
 
-- The quantiser begins late: for `plain_steps` the autoencoder runs unquantised, then each stage starts from what its
-  inputs look like: a PCA projection of the residual and the centroids of its directions. Dead rows are replaced by
-  vectors of recent batches. Both keep the codebooks in use, which gradient steps alone do not.
+- The untrained network is a transform codec (`lapped_start`), which keeps phase from the first step on.
+- Each stage starts from what its inputs look like: a PCA projection of the residual, and the centroids of its
+  directions. Dead rows are replaced by vectors of recent batches. Both keep the codebooks in use, which gradient steps
+  alone do not.
 - The published loss has no term that sees phase before the discriminators do. `stft` compares complex spectra, so
   that a few minutes of training give a waveform and not only a spectrogram.
 - Quantiser dropout as published: half of a batch keeps a random number of stages.
@@ -30,6 +31,7 @@ from ..published import load_into, save_codec
 from ..quantizers.rvq import ProjectedVQ, draw_depths
 from .data import Sounds, find_rows
 from .engine import Task, adamw
+from .lapped_start import start_as_transform
 from .spectral import ComplexSTFT, MultiScaleMel, si_sdr
 
 NAME = "rvq/mini"
@@ -42,7 +44,8 @@ class RVQLoss:
     Args:
         seconds: length of a crop.
         lr: peak rate.
-        plain_steps: steps without quantiser.
+        start: "transform" begins as a transform codec, "random" as torch does.
+        plain_steps: steps without quantiser, before its stages get their start values.
         dropout: share of a batch that keeps a random number of stages.
         restart_every: steps between restarts of dead rows.
         mel, stft, commitment, codebook: weights of the losses.
@@ -50,15 +53,20 @@ class RVQLoss:
     """
 
     seconds: float = 0.48
-    lr: float = 1e-3
-    plain_steps: int = 300
+    lr: float = 7e-4
+    start: str = "transform"
+    plain_steps: int = 0
     dropout: float = 0.5
     restart_every: int = 50
     mel: float = 15.0
-    stft: float = 10.0
+    stft: float = 15.0
     commitment: float = 0.25
     codebook: float = 1.0
     compile_snake: bool = False
+
+    def __post_init__(self):
+        if self.start not in ("transform", "random"):
+            raise ValueError(f"loss.start is {self.start!r}, expected 'transform' or 'random'")
 
 
 class Trainee(nn.Module):
@@ -67,9 +75,11 @@ class Trainee(nn.Module):
     Buffers: `usage` [N, V], a moving average of counts a batch; `recent` [N, R, d].
     """
 
-    def __init__(self, config: DACConfig, remembered: int = 4096):
+    def __init__(self, config: DACConfig, *, start: str = "transform", remembered: int = 4096):
         super().__init__()
         self.codec = DAC(config)
+        if start == "transform":
+            start_as_transform(self.codec)
         train_with_weight_norm(self.codec)
         stages, size, dim = config.codebooks, config.codebook_size, config.codebook_dim
         self.register_buffer("usage", torch.ones(stages, size))
@@ -202,7 +212,7 @@ class RVQTask(Task):
 
     def networks(self) -> dict[str, nn.Module]:
         """The trainee, and the filter banks of the losses, which learn nothing."""
-        trainee = Trainee(self.model)
+        trainee = Trainee(self.model, start=self.loss.start)
         if self.loss.compile_snake:
             compile_snake(trainee)
         spectral = nn.ModuleDict(
