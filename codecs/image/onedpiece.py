@@ -37,6 +37,7 @@ class OneDPiece(TiTok):
 def build(files: Mapping[str, Weights], entry: Entry) -> OneDPiece | OneDPieceMini:
     """The codec of a registry row, or of a file that `save_codec` wrote."""
     weights = files["weights"]
+    codec: OneDPiece | OneDPieceMini
     if "basis.values" in weights.tensors:
         codec = OneDPieceMini(OneDPieceMiniConfig(**entry.config), name=entry.name)
         codec.load_weights(weights.tensors, source=weights.source)
@@ -44,6 +45,7 @@ def build(files: Mapping[str, Weights], entry: Entry) -> OneDPiece | OneDPieceMi
         codec = OneDPiece.from_published(
             weights.tensors, entry.config, name=entry.name, source=weights.source
         )
-    licences = {"code_licence": entry.code_licence, "weights_licence": entry.weights_licence}
-    codec.spec = replace(codec.spec, **licences)
+    codec.spec = replace(
+        codec.spec, code_licence=entry.code_licence, weights_licence=entry.weights_licence
+    )
     return codec.eval()

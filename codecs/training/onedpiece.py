@@ -27,6 +27,7 @@ from . import onedpiece_basis
 from .data import Pictures, find_rows, to_bytes
 from .engine import StopRun, Task, adamw
 from .entry import settings
+from .onedpiece_stage1 import StageOneTask
 
 SOURCE = 128  # side of the pictures that augmentation draws from
 BUDGETS = (4, 16, 64)  # token counts at which evaluation decodes, besides all
@@ -226,7 +227,9 @@ class OneDPieceMiniTask(Task):
 
 
 def task(config: dict[str, Any]) -> Task:
-    """The task of a config."""
+    """The task of a config: with "stage": 1 under "training" the published ViT's, else the mini's."""
+    if config.get("training", {}).get("stage") == 1:
+        return StageOneTask(config)
     return OneDPieceMiniTask(config)
 
 

@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from anytok.codecs import load_codec
+from anytok.codecs.image.onedpiece import OneDPiece
+from anytok.codecs.image.vqgan import MaskGitVQGAN, VQGANConfig
 from anytok.codecs.training.engine import RunConfig, StopRun, run
-from anytok.codecs.training.onedpiece import OneDPieceMiniTask, augment
+from anytok.codecs.training.onedpiece import OneDPieceMiniTask, augment, task
+from anytok.codecs.training.onedpiece_stage1 import StageOneTask
 from anytok.modalities import Image
 
 MODEL = dict(
@@ -86,3 +90,58 @@ def test_a_codec_that_ignores_its_tokens_stops_the_run(root):
     networks = task.networks()  # tables of zeros: every prefix decodes to the same picture
     with pytest.raises(StopRun, match="4 tokens"):
         task.evaluate(networks, 0)
+
+
+@pytest.fixture(scope="module")
+def stage_one(root, tmp_path_factory):
+    """A config of the published kind, in small, with a random teacher."""
+    torch.manual_seed(0)
+    teacher = MaskGitVQGAN(VQGANConfig(channels=32, code_width=16, codes=32, blocks=1))
+    file = tmp_path_factory.mktemp("teacher") / "vqgan.safetensors"
+    save_file(teacher.state_dict(), file)
+    return {
+        "model": {
+            "image_size": 32,
+            "tokens": 8,
+            "codes": 16,
+            "encoder": [64, 1],
+            "decoder": [64, 1],
+        },
+        "data": {"root": str(root), "sets": ["photos"]},
+        "training": {"stage": 1, "teacher": str(file)},
+    }
+
+
+def test_stage_one_runs_and_exports_the_published_keys(stage_one, tmp_path):
+    config = RunConfig(
+        out=str(tmp_path / "run"), steps=2, batch_size=2, eval_every=0, tensorboard=False
+    )
+    made = task(stage_one)
+    assert isinstance(made, StageOneTask)
+    codec = load_codec(run(made, config))
+    assert isinstance(codec, OneDPiece)
+    again = OneDPiece.from_published(codec.state_dict())  # by shapes, so under the published keys
+    assert VQGANConfig(**again.config.pixels) == VQGANConfig(**codec.config.pixels)
+    assert torch.equal(codec.pixel_quantize.table, made.teacher.quantize.table)
+
+
+def test_stage_one_trains_all_but_the_pixels_and_drops_tails(stage_one):
+    made = task(stage_one)
+    networks = made.networks()
+    codec, rng = networks["codec"], torch.Generator().manual_seed(0)
+    lengths = []
+    codec.decoder.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    batch = made.augment(torch.stack([made.dataset()[i] for i in (0, 1)]), rng)
+    for step in range(30):
+        losses = made.losses("codec", networks, batch, step, rng)
+    assert set(lengths) == set(range(1, 9))
+    assert losses["loss"].item() == pytest.approx((losses["proxy"] + losses["vq"]).item())
+    losses["loss"].backward()
+    without = {n for n, p in codec.named_parameters() if p.grad is None}
+    assert without == {n for n, _ in codec.named_parameters() if n.startswith("pixel_")}
+    decayed, plain = made.optimizer(
+        "codec", [p for p in codec.parameters() if p.requires_grad]
+    ).param_groups
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert any(p is codec.latent_tokens for p in plain["params"])
+    assert any(p is codec.quantize.embedding.weight for p in plain["params"])
