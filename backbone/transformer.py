@@ -117,7 +117,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(h, c.norm_eps), RMSNorm(h, c.norm_eps)
         self.qk_norm = c.qk_norm
-        self._fused: tuple[Tensor, Tensor | None] | None = None
+        self.fused: tuple[Tensor, Tensor | None] | None = None
 
     def forward(
         self,
@@ -141,11 +141,11 @@ class Attention(nn.Module):
         return self.o_proj(rearrange(y, "b n t h -> b t (n h)"))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self._fused is None:
+        if self.fused is None:
             parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         else:
             sizes = [n * self.head_size for n in (self.heads, self.kv_heads, self.kv_heads)]
-            parts = F.linear(x, *self._fused).split(sizes, -1)
+            parts = F.linear(x, *self.fused).split(sizes, -1)
         q, k, v = (rearrange(t, "b t (n h) -> b n t h", h=self.head_size) for t in parts)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         """One matrix for q, k and v; the parameters become views into it."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         bias = None if self.q_proj.bias is None else _join([p.bias for p in parts])
-        self._fused = (_join([p.weight for p in parts]), bias)
+        self.fused = (_join([p.weight for p in parts]), bias)
 
 
 class FeedForward(nn.Module):
@@ -166,19 +166,19 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.width, config.ffn, bias=False)
         self.up_proj = nn.Linear(config.width, config.ffn, bias=False)
         self.down_proj = nn.Linear(config.ffn, config.width, bias=False)
-        self._fused: Tensor | None = None
+        self.fused: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] to [B, T, D]."""
-        if self._fused is None:
+        if self.fused is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
-            gate, up = F.linear(x, self._fused).chunk(2, -1)
+            gate, up = F.linear(x, self.fused).chunk(2, -1)
         return self.down_proj(F.silu(gate) * up)
 
     def fuse(self) -> None:
         """One matrix for gate and up; the parameters become views into it."""
-        self._fused = _join([self.gate_proj.weight, self.up_proj.weight])
+        self.fused = _join([self.gate_proj.weight, self.up_proj.weight])
 
 
 class Layer(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backbone.cache import KVCache
 from ..backbone.grammar import Grammar, Range, State
+from ..backbone.step import Stepper
 from ..backbone.transformer import Transformer
 from ..codecs.codec import item_rngs
 from .generator import Event, Request
@@ -50,6 +51,7 @@ class Autoregressive:
 
     def __init__(self, model: Transformer, grammar: Grammar | None = None):
         self.model = model.fuse()
+        self.step = Stepper(model)
         self.grammar = grammar
 
     def run(
@@ -165,9 +167,7 @@ class Autoregressive:
         ids = [row.feed.pop(0) for row in rows]
         if rows[0].guided:
             ids += ids
-        tensor = torch.tensor(ids, device=cache.keys.device)[:, None]
-        hidden = self.model(tensor, cache=cache, keep=0).hidden[:, 0]
-        return _halves(hidden, rows)
+        return _halves(self.step(torch.tensor(ids, device=cache.keys.device), cache), rows)
 
     def _write(
         self, rows: list[_Row], hidden: Tensor, null: Tensor | None, options: Options

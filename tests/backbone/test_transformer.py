@@ -109,10 +109,10 @@ def test_fusing_changes_nothing_and_stores_nothing_twice(model):
     assert all(torch.equal(before[k], after[k]) for k in before)
     attention = model.model.layers[0].self_attn
     attention.k_proj.weight.mul_(2)
-    assert not torch.equal(attention._fused[0], before["model.layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(attention.fused[0], before["model.layers.0.self_attn.q_proj.weight"])
     start = attention.q_proj.weight.shape[0]
     assert torch.equal(
-        attention._fused[0][start : start + attention.k_proj.weight.shape[0]],
+        attention.fused[0][start : start + attention.k_proj.weight.shape[0]],
         attention.k_proj.weight,
     )
 
