@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_PACKED_BITS = 62  # an id is an int64
+EPSILON = 1e-6  # how near to 0 and 1 a mean bit's probability is let
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,12 @@ def entropies(z: Tensor, config: BinaryConfig) -> tuple[Tensor, Tensor]:
     if config.spherical:
         z = F.normalize(z, dim=-1)
     # Two codes that differ in one bit differ by 2 * scale there, and the logits are 2 * <z, code> / temperature.
-    p = torch.sigmoid(4 * config.inverse_temperature * config.scale * z).flatten(0, -2)
-    return _bit_entropy(p).sum(-1).mean(), _bit_entropy(p.mean(0)).sum()
+    logits = (4 * config.inverse_temperature * config.scale * z).flatten(0, -2)
+    p = torch.sigmoid(logits)
+    # From logits, because the entropy of a probability has no finite slope at 0 and 1.
+    sample = F.softplus(logits) - logits * p
+    mean = p.mean(0).clamp(EPSILON, 1 - EPSILON)
+    return sample.sum(-1).mean(), (torch.special.entr(mean) + torch.special.entr(1 - mean)).sum()
 
 
 def entropy_loss(z: Tensor, config: BinaryConfig, diversity: float = 1.0) -> Tensor:
@@ -126,8 +131,3 @@ class LFQ(nn.Module):
         weight = getattr(self.project_out, "weight", None)
         dtype = torch.float32 if weight is None else weight.dtype
         return self.project_out(codes_of(unpack(ids, self.config.bits), self.config, dtype))
-
-
-def _bit_entropy(p: Tensor) -> Tensor:
-    """Entropy of a bit that is 1 with probability p, in nats; 0 at p = 0 and p = 1."""
-    return torch.special.entr(p) + torch.special.entr(1 - p)

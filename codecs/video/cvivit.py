@@ -598,7 +598,7 @@ class CosineVQ(nn.Module):
         same = dim == code_dim
         self.project_in = nn.Identity() if same else nn.Linear(dim, code_dim)
         self.project_out = nn.Identity() if same else nn.Linear(code_dim, dim)
-        table = torch.randn(1, size, code_dim, generator=torch.Generator().manual_seed(0))
+        table = nn.init.normal_(torch.empty(1, size, code_dim))
         self._codebook = nn.ParameterDict({"embed": F.normalize(table, dim=-1)})
 
     @property
