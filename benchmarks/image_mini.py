@@ -7,7 +7,8 @@ Rivals at the codec's bytes:
 - PCA: principal components of the same training pictures, bits given greedily where the error is largest, Lloyd's
   scalar quantisers; not embedded: fitted anew for each size.
 - thumbnail: RGB at 5 or 8 bits a value, as large as the bytes allow, bicubic.
-- JPEG, WebP: whole files without metadata, the picture also reduced first; the setting whose mean size comes nearest.
+- JPEG, WebP: whole files without metadata, the picture also reduced first; the best setting whose mean size is at most
+  a tenth over the codec's, or the smallest files where none is.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class PCA:
         y = (self.codec.spectrum(x)[:, self.index] - self.mean) @ self.vectors
         out = torch.zeros_like(y)
         for i in (bits := self.bits(total)).nonzero()[:, 0].tolist():
-            levels = lloyd(self.y[:, i], 2 ** int(bits[i]))
+            levels = lloyd(self.y[:, i].contiguous(), 2 ** int(bits[i]))
             out[:, i] = levels[(y[:, i, None] - levels).abs().argmin(1)]
         spectrum = torch.zeros(len(x), 3 * SIZE**2)
         spectrum[:, self.index] = out @ self.vectors.T + self.mean
@@ -129,6 +130,12 @@ def files(x: Tensor, kind: str) -> list[tuple[float, float, str]]:
                 (float(np.mean(size)), psnr(big, x).mean().item(), f"{side} px, q{quality}")
             )
     return found
+
+
+def nearest_file(found: list[tuple[float, float, str]], size: float) -> tuple[float, float, str]:
+    """The best PSNR within the bytes and a tenth; the smallest files where nothing is that small."""
+    within = [f for f in found if f[0] <= 1.1 * size]
+    return max(within, key=lambda f: f[1]) if within else min(found)
 
 
 def through(x: Tensor, kind: str, quality: int) -> tuple[int, Tensor]:
@@ -193,7 +200,7 @@ def main() -> None:
             small, setting = thumbnail(x, int(size))
             cells.append(f"{psnr(small, x).mean():.2f} ({setting})")
             for found in whole.values():
-                near = min(found, key=lambda f: abs(f[0] - size))
+                near = nearest_file(found, size)
                 cells.append(f"{near[1]:.2f} ({near[0]:.0f} B, {near[2]})")
             report[f"{kind} {k}"] = row
             print(
