@@ -215,7 +215,7 @@ def titles_of(rows: Sequence[Row]) -> list[str]:
 def table(rows: Sequence[Row], title: str = "") -> Table:
     """The rows' values as a terminal table."""
     made = Table(title=title or None)
-    made.add_column("")
+    made.add_column("", overflow="fold")
     for column in titles_of(rows):
         made.add_column(column, justify="right")
     for row in rows:
