@@ -190,7 +190,7 @@ def from_llamagen(
         grid=grid,
         prefix=prefix,
         classes=0 if labels is None else len(labels) - 1,
-        features=None if captions is None else tuple(captions.shape),
+        features=None if captions is None else (captions.shape[0], captions.shape[1]),
     )
     with torch.device("meta"):
         model = Transformer(config)

@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ class Model:
     interleaver: Interleaver
     text: TextCodec
     pairs: tuple[tuple[str, str], ...]
-    generation: Mapping[str, object] = field(default_factory=dict)
+    generation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     codecs: dict[str, Codec] = field(default_factory=dict)
     grounded: Grounded | None = None
 

@@ -7,12 +7,25 @@ so are the numbers. T = 1; B rows, D width, N heads, K key-value heads, H head w
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KVCache
 from .transformer import RMSNorm, Transformer
+
+
+class _Layer(NamedTuple):
+    norm: RMSNorm
+    qkv: Tensor
+    bias: Tensor | None
+    head_norms: tuple[RMSNorm, RMSNorm] | None
+    out: Tensor
+    second_norm: RMSNorm
+    gate_up: Tensor
+    down: Tensor
 
 
 class Stepper:
@@ -44,15 +57,23 @@ class Stepper:
             x = x + model.model.embed_positions(positions)
         turns = self._turns(positions, x.dtype)
         mask = cache.mask(0, 1)
-        for i, (norm, qkv, bias, heads_norm, out, norm2, gate_up, down) in enumerate(self.layers):
-            y = F.linear(_normed(x, norm), qkv, bias)
-            y = self._attend(y, i, heads_norm, turns, mask, cache)
-            x = x + F.linear(y, out)
-            gate, up = F.linear(_normed(x, norm2), gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate).mul_(up), down)
+        for i, layer in enumerate(self.layers):
+            y = F.linear(_normed(x, layer.norm), layer.qkv, layer.bias)
+            y = self._attend(y, i, layer.head_norms, turns, mask, cache)
+            x = x + F.linear(y, layer.out)
+            gate, up = F.linear(_normed(x, layer.second_norm), layer.gate_up).chunk(2, -1)
+            x = x + F.linear(F.silu(gate).mul_(up), layer.down)
         return _normed(x, model.model.norm)
 
-    def _attend(self, y: Tensor, layer: int, norms, turns, mask, cache: KVCache) -> Tensor:
+    def _attend(
+        self,
+        y: Tensor,
+        layer: int,
+        norms: tuple[RMSNorm, RMSNorm] | None,
+        turns: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache,
+    ) -> Tensor:
         """Joined projections [B, (N + 2K) H] to attention's output [B, N H]."""
         rows, n, k = len(y), self.heads, self.kv_heads
         y = y.view(rows, n + 2 * k, self.head_size)
@@ -86,15 +107,16 @@ def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
     return norm(x)
 
 
-def _parts(layer):
+def _parts(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    norms = (attention.q_norm, attention.k_norm) if attention.qk_norm else None
-    return (
-        layer.input_layernorm,
-        *attention.fused,
-        norms,
-        attention.o_proj.weight,
-        layer.post_attention_layernorm,
-        mlp.fused,
-        mlp.down_proj.weight,
+    qkv, bias = attention.fused
+    return _Layer(
+        norm=layer.input_layernorm,
+        qkv=qkv,
+        bias=bias,
+        head_norms=(attention.q_norm, attention.k_norm) if attention.qk_norm else None,
+        out=attention.o_proj.weight,
+        second_norm=layer.post_attention_layernorm,
+        gate_up=mlp.fused,
+        down=mlp.down_proj.weight,
     )

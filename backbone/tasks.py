@@ -272,8 +272,13 @@ def collate(rows: Sequence[Packed], *, packed: bool = True) -> dict[str, Tensor]
     return batch
 
 
-def written_loss(network: Grounded, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weighted cross-entropy [nats an id] of what is written, over what the grammar allows."""
+def written_loss(network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weighted cross-entropy [nats an id] of what is written, over what the grammar allows.
+
+    Args:
+        network: a `Grounded`.
+    """
+    assert isinstance(network, Grounded)
     ids, weights = batch["ids"], batch["weights"][:, 1:]
     mask = None
     if "documents" in batch:

@@ -287,9 +287,9 @@ class Transformer(nn.Module):
 
     def fuse(self) -> Transformer:
         """Join the projections for inference; training must not follow."""
-        for layer in self.model.layers:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
+        for part in self.modules():
+            if isinstance(part, (Attention, FeedForward)):
+                part.fuse()
         return self.requires_grad_(False).eval()
 
     def check_length(self, length: int, what: str = "the sequence") -> None:
@@ -314,7 +314,7 @@ class Transformer(nn.Module):
                 small = name.endswith(("o_proj", "down_proj"))
                 std = 0.02 / (2 * self.config.layers) ** 0.5 if small else 0.02
                 nn.init.normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
 

@@ -176,7 +176,8 @@ class AnyToAny:
         streams = self._encode(lists)
         spent = {"encode": time.perf_counter() - began}
         drawing = self._options(options)
-        defaults = {m: o["units"] for m, o in self.model.generation.items() if "units" in o}
+        settings = self.model.generation.items()
+        defaults = {m: int(own["units"]) for m, own in settings if "units" in own}
         grammar = Grammar(self.interleaver, limits={**defaults, **(units or {})})
         requests = [self._request(streams[j.prompt], plans[j.prompt], grammar) for j in jobs]
         decoder = Autoregressive(self.model.transformer, grammar)
@@ -345,16 +346,14 @@ class _Job:
 
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[list[Media]]:
     """Each prompt as a list of media."""
-    single = isinstance(prompts, (str, *MODALITIES.values()))
-    several = [prompts] if single else list(prompts)
+    several = [prompts] if isinstance(prompts, (str, *MODALITIES.values())) else [*prompts]  # type: ignore[misc]
     if not several:
         raise ValueError("there are no prompts")
-    return [
-        [_medium(part) for part in (p if isinstance(p, (list, tuple)) else [p])] for p in several
-    ]
+    lists = [p if isinstance(p, (list, tuple)) else [p] for p in several]
+    return [[_medium(part) for part in parts] for parts in lists]
 
 
-def _medium(part: str | Media) -> Media:
+def _medium(part: Any) -> Media:
     if isinstance(part, str):
         return Text(part)
     if not isinstance(part, tuple(MODALITIES.values())):
