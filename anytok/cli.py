@@ -64,8 +64,8 @@ WeightsPath = Annotated[
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """Turn the library's errors into one line on stderr and an exit code."""
+def _errors(*also: type[Exception]) -> Iterator[None]:
+    """Turn the library's errors, and `also` these, into one line on stderr and an exit code."""
     from .codecs import CodecUnavailable, StreamError, WeightsError
     from .modalities import MediaError
 
@@ -77,7 +77,7 @@ def _errors() -> Iterator[None]:
         _fail(error, EXIT_STREAM)
     except (CodecUnavailable, WeightsError) as error:
         _fail(error, EXIT_CODEC)
-    except ValueError as error:
+    except (ValueError, *also) as error:
         _fail(error, EXIT_MODEL)
 
 
@@ -312,9 +312,10 @@ def generate(
 ) -> None:
     """Turn a prompt of any media into a medium."""
     from . import modalities
-    from .generators.pipeline import AnyToAny
+    from .generators.pipeline import AnyToAny, GenerationError
+    from .generators.sampling import Sampling
 
-    with _errors():
+    with _errors(GenerationError):
         prompt = [modalities.Text(text)] if text is not None else []
         prompt += [
             modalities.load(file) for file in (image, audio, video, shape) if file is not None
@@ -322,14 +323,11 @@ def generate(
         if not prompt:
             raise typer.BadParameter("give a prompt: --text, --image, --audio, --video or --shape")
         pipeline = AnyToAny.load(model, device=_device(device))
-        answers = pipeline(
-            [prompt],
-            to=to,
-            samples=samples,
-            seeds=[seed + i for i in range(samples)],
-            temperature=temperature,
-            cfg=cfg,
-        )
+        chosen = {"temperature": temperature, "cfg": cfg}
+        own = {k: v for k, v in pipeline.model.generation.get(to, {}).items() if k != "units"}
+        options = Sampling(**{**own, **{k: v for k, v in chosen.items() if v is not None}})
+        seeds = [seed + i for i in range(samples)]
+        answers = pipeline([prompt], to=to, samples=samples, seeds=seeds, options={to: options})
         written = []
         for i, answer in enumerate(answers):
             name = (
@@ -338,9 +336,8 @@ def generate(
                 else output.with_name(f"{output.stem}-{i + 1}{output.suffix}")
             )
             modalities.save(answer.items[-1], name)
-            written.append(
-                {"file": str(name), "seed": answer.seeds[0], "seconds": answer.timings["total"]}
-            )
+            seconds = sum(answer.seconds.values())
+            written.append({"file": str(name), "seed": answer.seed, "seconds": seconds})
         if as_json:
             typer.echo(json.dumps(written))
         else:
