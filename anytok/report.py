@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image as Pil
 from PIL import ImageDraw, ImageFont
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from .modalities import Audio, Image, Media, Shape, Video
@@ -212,14 +214,22 @@ def titles_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(title for row in rows for title in row.values))
 
 
-def table(rows: Sequence[Row], title: str = "") -> Table:
-    """The rows' values as a terminal table."""
-    made = Table(title=title or None)
-    made.add_column("", overflow="fold")
-    for column in titles_of(rows):
+def table(rows: Sequence[Row], title: str = "") -> Group:
+    """The rows' values for the terminal: one table for each codec, since measures differ between media."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.values.get("codec", title)), []).append(row)
+    return Group(*(_table(group, name) for name, group in groups.items()))
+
+
+def _table(rows: Sequence[Row], title: str) -> Table:
+    columns = [c for c in titles_of(rows) if c != "codec"]
+    made = Table(title=title or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    made.add_column("", no_wrap=True)
+    for column in columns:
         made.add_column(column, justify="right")
     for row in rows:
-        made.add_row(row.name, *(shown(row.values.get(column)) for column in titles_of(rows)))
+        made.add_row(row.name, *(shown(row.values.get(column)) for column in columns))
     return made
 
 
