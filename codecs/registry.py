@@ -115,6 +115,21 @@ CODECS: dict[str, Entry] = {
     "onedpiece/mini": _mini("onedpiece", "image", "onedpiece/mini", "1-224 ordered tokens, 64x64"),
     "rvq/mini": _mini("dac", "audio", "rvq/mini", "DAC-family residual VQ, 16 kHz speech"),
     "cvivit/mini": _mini("cvivit", "video", "cvivit/mini", "C-ViViT, causal in time, 64x64"),
+    "cvivit/obvious": Entry(
+        system="cvivit",
+        modality="video",
+        files={
+            "weights": File(
+                name="CVIVIT/pytorch_model.bin",
+                repo="obvious-research/phenaki-cvivit",
+                alternatives=("pytorch_model.bin",),
+            )
+        },
+        config={"size": [128, 128], "fps": 8.0, "fit": "crop"},
+        code_licence="Unlicense",
+        weights_licence="unknown (see the hub card)",
+        about="C-ViViT trained on WebVid, 11 frames of 128x128, looks both ways in time",
+    ),
     **{
         f"octgpt/{variant}": Entry(
             system="octgpt",

@@ -9,7 +9,7 @@ from einops import rearrange
 from anytok.codecs import StreamError, TokenStream, WeightsError
 from anytok.codecs.codec import CodecUnavailable
 from anytok.codecs.published import Weights, save_codec
-from anytok.codecs.registry import Entry, load_codec
+from anytok.codecs.registry import Entry, entry, load_codec
 from anytok.codecs.video.cvivit import (
     CViViT,
     CViViTConfig,
@@ -162,7 +162,9 @@ def test_published_size_by_key_and_shape():
         paper(), embed_norm=True, causal=False, spatial_peg=True, temporal_peg="published"
     )
     with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in CViViT(config).state_dict().items()}
+        state = CViViT(config).state_dict()
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    assert infer_config(state, entry("cvivit/obvious").config) == config
     assert shapes["vq._codebook.embed"] == (1, 8192, 32)
     assert shapes["to_patch_emb.2.weight"] == (512, 384)
     assert shapes["enc_spatial_transformer.layers.3.3.1.weight"] == (2730, 512)
