@@ -47,6 +47,18 @@ def refuse_truncated(file: BinaryIO, kind: str, name: str) -> None:
         )
 
 
+def _png(file: BinaryIO, present: int) -> int:
+    """The end of the chunk IEND."""
+    offset = 8
+    for _ in range(MAX_BOXES):
+        file.seek(offset)
+        length, chunk = struct.unpack(">I4s", file.read(8))
+        offset += 12 + length
+        if chunk == b"IEND":
+            break
+    return offset
+
+
 def _riff(file: BinaryIO, present: int) -> int:
     (size,) = struct.unpack("<4xI", file.read(8))
     return present if size in _UNKNOWN_SIZES else 8 + size
@@ -139,6 +151,7 @@ def _skip_palette(file: BinaryIO, flags: int) -> None:
 
 
 _WALKS: dict[str, Callable[[BinaryIO, int], int]] = {
+    "png": _png,
     "wav": _riff,
     "avi": _riff,
     "webp": _riff,

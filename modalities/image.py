@@ -23,6 +23,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from .complete import refuse_truncated
 from .errors import MediaError, translating
 from .files import Source, describe, format_of, name_of, read_bytes, sniff, write_bytes
 
@@ -87,6 +88,7 @@ class Image:
             raise MediaError(
                 name, f"begins {describe(content)}, which is no PNG, JPEG, WebP or GIF"
             )
+        refuse_truncated(io.BytesIO(content), kind, name)
         with (
             translating(name, _pillow_failures(), f"cannot be read as {kind.upper()}"),
             _open(content) as picture,
@@ -170,7 +172,7 @@ class Image:
             raise ValueError(f"dtype is {dtype}, expected np.uint8, np.uint16 or np.float32")
         if not torch.isfinite(planes).all():
             raise ValueError("the picture holds NaN or infinite values, expected [0, 1]")
-        return (planes.clamp(0, 1) * peak).round().numpy().astype(dtype)
+        return (planes.clamp(0, 1) * peak).round().numpy().astype(dtype, order="C")
 
     def over(self, background: tuple[float, float, float] = WHITE) -> Image:
         """The opaque picture that is seen in front of a background (sRGB values in [0, 1])."""
@@ -335,7 +337,7 @@ def _encode_png16(array: np.ndarray) -> bytes:
     """A 16-bit PNG of [H, W, 3 or 4] uint16, rows unfiltered."""
     height, width, channels = array.shape
     rows = np.zeros((height, 1 + width * channels * 2), np.uint8)  # first byte: filter type 0
-    rows[:, 1:] = array.astype(">u2").reshape(height, -1).view(np.uint8)
+    rows[:, 1:] = array.astype(">u2", order="C").reshape(height, -1).view(np.uint8)
     colour_type = {3: 2, 4: 6}[channels]
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))

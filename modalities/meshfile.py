@@ -57,7 +57,10 @@ def read(source: Source) -> Arrays:
     """
     content, name = read_bytes(source, MAX_BYTES), name_of(source)
     kind = _kind(content, source)
-    with translating(name, _trimesh_failures(), f"cannot be read as {kind.upper()}"):
+    with (
+        translating(name, _trimesh_failures(), f"cannot be read as {kind.upper()}"),
+        np.errstate(all="ignore"),  # impossible numbers are refused by name, not by a warning
+    ):
         _CHECKS[kind](content)
         arrays = _parse(_plain(content, kind), kind)
         _check(arrays)
@@ -139,14 +142,22 @@ def _ply_normals(cloud: Any) -> np.ndarray | None:
 
 
 def _float32(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # becomes infinite and is refused by name below
-        return np.ascontiguousarray(values, dtype=np.float32)
+    return np.ascontiguousarray(values, dtype=np.float32)
 
 
 def _check(arrays: Arrays) -> None:
+    if arrays.vertices.ndim != 2 or arrays.vertices.shape[1] != 3:
+        raise ValueError(
+            f"its vertices have the form {arrays.vertices.shape}, expected three columns"
+        )
+    if arrays.faces is not None and (arrays.faces.ndim != 2 or arrays.faces.shape[1] != 3):
+        raise ValueError(f"its faces have the form {arrays.faces.shape}, expected three columns")
+    if arrays.normals is not None and arrays.normals.shape != arrays.vertices.shape:
+        raise ValueError("has another number of normals than of vertices")
     _limit(len(arrays.vertices), 0 if arrays.faces is None else len(arrays.faces))
-    if not np.isfinite(arrays.vertices).all():
-        raise ValueError("vertices hold NaN or infinite coordinates")
+    for kind, values in (("vertices", arrays.vertices), ("normals", arrays.normals)):
+        if values is not None and not np.isfinite(values).all():
+            raise ValueError(f"{kind} hold NaN or infinite numbers")
     if arrays.faces is not None and (
         arrays.faces.min() < 0 or arrays.faces.max() >= len(arrays.vertices)
     ):
@@ -176,8 +187,12 @@ def _check_off(content: bytes) -> None:
     _limit(vertices, faces)
     if len(rows) - 1 < vertices + faces:
         raise ValueError(f"is cut short: {vertices + faces} rows promised, {len(rows) - 1} present")
-    last = rows[vertices + faces]
-    if faces and len(last) < 1 + int(last[0]):
+    if faces:
+        _require_whole_face(rows[vertices + faces])
+
+
+def _require_whole_face(row: list[bytes]) -> None:
+    if len(row) < 1 + int(row[0]):
         raise ValueError("is cut short within its last face")
 
 
@@ -187,9 +202,12 @@ def _check_ply(content: bytes) -> None:
     _limit(sum(counts.values()) // 2, 0)
     header, _, body = content.partition(b"end_header")
     if b"format ascii" in header:
-        rows = sum(1 for line in body.splitlines()[1:] if line.strip())
-        if rows < sum(counts.values()):
-            raise ValueError(f"is cut short: {sum(counts.values())} rows promised, {rows} present")
+        rows = [line.split() for line in body.splitlines()[1:] if line.strip()]
+        total = sum(counts.values())
+        if len(rows) < total:
+            raise ValueError(f"is cut short: {total} rows promised, {len(rows)} present")
+        if counts.get(b"face") and [*counts][-1] == b"face":
+            _require_whole_face(rows[total - 1])
 
 
 def _ply_counts(content: bytes) -> dict[bytes, int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
@@ -276,12 +276,11 @@ def _kind(file: BinaryIO, name: str) -> str:
 @contextmanager
 def _open_sound(file: BinaryIO, kind: str, name: str) -> Iterator[AudioReader | None]:
     """The sound through a container of its own, so that picture and sound are read at their own pace."""
-    opening: Any = nullcontext(None)
-    if kind != "gif":
-        opening = open_container(file, _FFMPEG_FORMATS[kind], name)
-    with opening as container:
-        has_sound = container is not None and len(container.streams.audio) > 0
-        yield ffmpeg_reader(container, name) if has_sound else None
+    if kind == "gif":
+        yield None
+        return
+    with open_container(file, _FFMPEG_FORMATS[kind], name) as container:
+        yield ffmpeg_reader(container, name) if container.streams.audio else None
 
 
 def _picture_stream(container: Any, name: str) -> Any:

@@ -120,8 +120,7 @@ def _by_mesh2sdf(shape: Shape, resolution: int) -> Shape:
 
 def _by_voxels(shape: Shape, resolution: int) -> Shape:
     """The level set at half a voxel of a distance that is negative wherever the outside does not reach."""
-    from scipy import ndimage
-    from skimage.measure import marching_cubes
+    from skimage.measure import label, marching_cubes
 
     step = 2 / resolution
     level = step / 2
@@ -130,14 +129,14 @@ def _by_voxels(shape: Shape, resolution: int) -> Shape:
     places = band.nonzero()  # x y z
     field[band] = udf(shape, places * step - 1, limit=2 * step)
     free = (field > level).numpy()
-    regions, _ = ndimage.label(free)  # joined through faces alone: what half a voxel seals
+    regions = label(free, connectivity=1)  # joined through faces alone: what half a voxel seals
     outside = regions == regions[0, 0, 0]
     signed = (field - level).numpy()
     signed = np.where(free & ~outside, -signed, signed)
     # A value of exactly 0 would put several vertices of the new mesh into one place.
     signed[np.abs(signed) < 1e-3 * step] = -1e-3 * step
-    vertices, faces, _, _ = marching_cubes(signed, 0.0)
-    return _outwards(vertices * step - 1, faces)
+    surface = marching_cubes(signed, 0.0)  # vertices, faces, normals, values
+    return _outwards(surface[0] * step - 1, surface[1])
 
 
 def _band(shape: Shape, resolution: int) -> Tensor:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from anytok.modalities import Audio, Image, Shape, Video
 from torch import Tensor
+
+from anytok.modalities import Audio, Image, Shape, Video
 
 
 def picture(height: int = 24, width: int = 32, seed: int = 0) -> Tensor:
