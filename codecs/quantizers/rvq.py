@@ -121,6 +121,52 @@ class ResidualVQ(nn.Module):
         return projected[0].T
 
 
+class EuclideanRVQ(nn.Module):
+    """Residual quantisation by plain nearest neighbours (EnCodec); key `vq.layers.{i}._codebook.embed`.
+
+    Args:
+        width: D.
+        stages: N.
+        size: V.
+    """
+
+    def __init__(self, width: int, *, stages: int, size: int):
+        super().__init__()
+        self.vq = nn.Module()
+        self.vq.layers = nn.ModuleList(_Codebook(width, size) for _ in range(stages))
+
+    def encode(self, z: Tensor, stages: int | None = None) -> Tensor:
+        """z [B, D, T] to the codes [B, n, T] of the first n stages."""
+        residual = rearrange(z, "b d t -> b t d")
+        codes = []
+        for i in range(len(self.vq.layers) if stages is None else stages):
+            rows = self.vectors(i)
+            flat = rearrange(residual, "b t d -> (b t) d")
+            distance = flat.square().sum(1, keepdim=True) - 2 * flat @ rows.T
+            nearest = (distance + rows.square().sum(1)).argmin(1)
+            codes.append(rearrange(nearest, "(b t) -> b t", b=len(z)))
+            residual = residual - rows[codes[-1]]
+        return torch.stack(codes, 1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, n, T], any 1 <= n <= N, to the sum of their rows [B, D, T]."""
+        total = sum(self.vectors(i)[stage] for i, stage in enumerate(codes.unbind(1)))
+        return rearrange(total, "b t d -> b d t")
+
+    def vectors(self, stage: int) -> Tensor:
+        """The codebook [V, D] of a stage."""
+        return self.vq.layers[stage]._codebook.embed
+
+
+class _Codebook(nn.Module):
+    """One codebook under its published name."""
+
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self._codebook = nn.Module()
+        self._codebook.register_buffer("embed", torch.randn(size, width))
+
+
 def draw_depths(batch: int, stages: int, share: float, rng: torch.Generator) -> Tensor:
     """Quantiser dropout: how many stages each item of a batch keeps, [B].
 
@@ -138,4 +184,4 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().mean((1, 2))
 
 
-__all__ = ["ProjectedVQ", "Quantised", "ResidualVQ", "draw_depths"]
+__all__ = ["EuclideanRVQ", "ProjectedVQ", "Quantised", "ResidualVQ", "draw_depths"]

@@ -30,7 +30,7 @@ from ..layers.conv import Snake, fuse_weight_norm, snake, train_with_weight_norm
 from ..published import load_into, save_codec
 from ..quantizers.rvq import ProjectedVQ, draw_depths
 from .data import Sounds, find_rows
-from .engine import Task, adamw
+from .engine import Task
 from .lapped_start import start_as_transform
 from .spectral import ComplexSTFT, MultiScaleMel, si_sdr
 
@@ -44,6 +44,7 @@ class RVQLoss:
     Args:
         seconds: length of a crop.
         lr: peak rate.
+        gain_lr: what it is multiplied with for gains.
         start: "transform" begins as a transform codec, "random" as torch does.
         plain_steps: steps without quantiser, before its stages get their start values.
         dropout: share of a batch that keeps a random number of stages.
@@ -53,7 +54,8 @@ class RVQLoss:
     """
 
     seconds: float = 0.48
-    lr: float = 7e-4
+    lr: float = 3e-4
+    gain_lr: float = 2.0
     start: str = "transform"
     plain_steps: int = 0
     dropout: float = 0.5
@@ -221,8 +223,16 @@ class RVQTask(Task):
         return {"codec": trainee, "spectral": spectral}
 
     def optimizer(self, name: str, parameters) -> torch.optim.Optimizer:
-        """Adam's betas as published."""
-        return adamw(parameters, lr=self.loss.lr, betas=(0.8, 0.99), weight_decay=0.0)
+        """Adam with betas as published; gains (weight-norm magnitudes, activations, biases) at a higher rate.
+
+        The transform that training starts from rests on few large weights, which small steps of many small ones
+        would drown; what begins quiet has to grow all the same.
+        """
+        gains = [p for p in parameters if p.numel() == max(p.shape)]
+        rest = [p for p in parameters if p.numel() != max(p.shape)]
+        lr = self.loss.lr
+        groups = [{"params": gains, "lr": self.loss.gain_lr * lr}, {"params": rest, "lr": lr}]
+        return torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
 
     def dataset(self) -> Sounds:
         """Training crops."""
@@ -286,7 +296,7 @@ class RVQTask(Task):
     def _held_out(self) -> Tensor:
         """The first seconds of held-out recordings: [n, 1, L]."""
         if self._held is None:
-            sounds = self._sounds("held", 4 * self.length, limit=24)
+            sounds = self._sounds("held", 4 * self.length, limit=8)
             first = [i for i, (_, start) in enumerate(sounds.pieces) if start == 0]
             self._held = torch.stack([sounds[i] for i in first])
         return self._held
