@@ -52,7 +52,14 @@ SYSTEMS: dict[str, str] = {
     "text": "text",
     "onedpiece": "image.onedpiece",
     "titok": "image.titok",
+    "flextok": "image.flextok",
+    "kl16": "image.kl16",
+    "tokenbridge": "image.tokenbridge",
+    "gigatok": "image.gigatok",
+    "llamagen": "image.llamagen",
+    "rqvae": "image.rqvae",
     "dac": "audio.dac",
+    "encodec": "audio.encodec",
     "cvivit": "video.cvivit",
     "octgpt": "shape.octgpt",
 }
@@ -112,7 +119,212 @@ CODECS: dict[str, Entry] = {
             ("bl-128-vae", "bl128_vae_c16", "128 Gaussian latents, no tokens"),
         )
     },
+    "kl16/mar": Entry(
+        system="kl16",
+        modality="image",
+        files={
+            "weights": File(
+                name="kl16.ckpt",
+                url="https://www.dropbox.com/scl/fi/hhmuvaiacrarfg28qxhwz/kl16.ckpt"
+                "?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=0",
+                wrapper="model",
+                alternatives=("vae/kl16.ckpt",),
+            )
+        },
+        code_licence="MIT",
+        weights_licence="MIT",
+        about="16 Gaussian latents for 16x16 pixels, no tokens; TokenBridge's and xAR's VAE",
+    ),
+    **{
+        f"tokenbridge/kl16-{bits}bit": Entry(
+            system="tokenbridge",
+            modality="image",
+            files={
+                "weights": File(
+                    name="vae/kl16.ckpt",
+                    repo="Epiphqny/TokenBridge",
+                    wrapper="model",
+                    alternatives=("kl16.ckpt",),
+                )
+            },
+            config={"bits": bits},
+            code_licence="MIT",
+            weights_licence="MIT (the VAE is LTH14/mar's; see the hub card)",
+            about=f"256 positions of 16 codes of {bits} bits, 256x256",
+        )
+        for bits in (4, 5, 6, 7, 8, 10)
+    },
+    **{
+        f"gigatok/{variant}": Entry(
+            system="gigatok",
+            modality="image",
+            files={
+                "weights": File(
+                    name=f"{file}.pt", url=f"https://drive.google.com/file/d/{drive}/view"
+                )
+            },
+            code_licence="MIT",
+            weights_licence="unknown (the repository, MIT, links them without a word)",
+            about=f"256 tokens, 256x256, {about}",
+        )
+        for variant, file, drive, about in (
+            ("s-s", "VQ_SS256_e100", "1Q_WHCT6mdNnu0GkHCm0CbXaP6kFeTe5h", "136M"),
+            ("s-b", "VQ_SB256_e200", "17K-h2Jwep53RUEf6CEOV3ro7Cz_DaIWC", "232M"),
+            ("b-l", "VQ_BL256_e200", "1VnBu4aj0N7lFa1_wKBdTgLNZmaNgFvwi", "622M"),
+            (
+                "b-l-dino",
+                "VQ_BL256_dino_disc",
+                "11bXyg6y15hIWYnIsl7YbwDtRAJMK7jjn",
+                "622M, DINO discriminator",
+            ),
+            ("xl-xxl", "VQ_XLXXL256_e300", "1HK_bV_zklLfGmIHGE4gMwjfhLLKi6Z3G", "2.9B"),
+        )
+    },
+    **{
+        f"llamagen/{variant}": Entry(
+            system="llamagen",
+            modality="image",
+            files={"weights": File(name=f"{variant.replace('-', '_')}.pt", repo=repo)},
+            code_licence="MIT",
+            weights_licence="MIT",
+            about=about,
+        )
+        for variant, repo, about in (
+            ("vq-ds16-c2i", "FoundationVision/LlamaGen", "one id for 16x16 pixels"),
+            ("vq-ds16-t2i", "peizesun/llamagen_t2i", "one id for 16x16 pixels, text to image"),
+            ("vq-ds8-c2i", "FoundationVision/LlamaGen", "one id for 8x8 pixels"),
+        )
+    },
+    "rqvae/imagenet-8x8x4": Entry(
+        system="rqvae",
+        modality="image",
+        files={
+            "weights": File(
+                name="stage1/model.pt",
+                url="https://arena.kakaocdn.net/brainrepo/models/RQVAE/"
+                "6714b47bb9382076923590eff08b1ee5/imagenet_1.4B_rqvae_50e.tar.gz",
+                alternatives=("imagenet_1.4B_rqvae_50e/stage1/model.pt",),
+            )
+        },
+        weights_licence="CC-BY-NC-SA-4.0",
+        about="8x8 positions, 4 codes deep, 256x256",
+    ),
+    **{
+        f"flextok/{variant}": Entry(
+            system="flextok",
+            modality="image",
+            files={
+                "weights": File(
+                    name="model.safetensors",
+                    repo=f"EPFL-VILAB/flextok_{variant.replace('-', '_')}",
+                    alternatives=(f"flextok_{variant.replace('-', '_')}.safetensors",),
+                )
+            },
+            code_licence="Apple sample code licence 1.1 (non-commercial); ours is independent",
+            weights_licence="Apple ML research model licence: research only, with attribution",
+            about=f"1-256 ordered tokens, 256x256, flow decoder, {data}",
+        )
+        for variant, data in (
+            ("d12-d12-in1k", "ImageNet"),
+            ("d18-d18-in1k", "ImageNet"),
+            ("d18-d28-in1k", "ImageNet"),
+            ("d18-d28-dfn", "DFN"),
+        )
+    },
     "onedpiece/mini": _mini("onedpiece", "image", "onedpiece/mini", "1-224 ordered tokens, 64x64"),
+    **{
+        f"dac/{variant}": Entry(
+            system="dac",
+            modality="audio",
+            files={
+                "weights": File(
+                    name="model.safetensors" if repo else file,
+                    repo=repo,
+                    url=f"github.com/descriptinc/descript-audio-codec, release {release}",
+                    alternatives=(file,),
+                )
+            },
+            config={"sample_rate": rate},
+            code_licence="MIT",
+            weights_licence="MIT",
+            about=about,
+        )
+        for variant, rate, repo, release, file, about in (
+            (
+                "44khz",
+                44_100,
+                "descript/dac_44khz",
+                "0.0.1",
+                "weights.pth",
+                "9 codes, 86 Hz, 8 kbit/s",
+            ),
+            (
+                "44khz-16kbps",
+                44_100,
+                None,
+                "1.0.0",
+                "weights_44khz_16kbps.pth",
+                "18 codes, 86 Hz, 16 kbit/s",
+            ),
+            (
+                "24khz",
+                24_000,
+                "descript/dac_24khz",
+                "0.0.4",
+                "weights_24khz.pth",
+                "32 codes, 75 Hz",
+            ),
+            (
+                "16khz",
+                16_000,
+                "descript/dac_16khz",
+                "0.0.5",
+                "weights_16khz.pth",
+                "12 codes, 50 Hz",
+            ),
+        )
+    },
+    **{
+        f"encodec/{variant}": Entry(
+            system="encodec",
+            modality="audio",
+            files={
+                "weights": File(
+                    name="model.safetensors",
+                    repo=f"facebook/encodec_{variant}",
+                    wrapper="best_state",
+                    alternatives=alternatives,
+                )
+            },
+            config=config,
+            code_licence="MIT",
+            weights_licence=licence,
+            about=about,
+        )
+        for variant, alternatives, config, licence, about in (
+            (
+                "24khz",
+                ("encodec_24khz-d7cc33bc.th",),
+                {"sample_rate": 24_000},
+                "MIT package; see the hub card",
+                "32 codes, 75 Hz, causal",
+            ),
+            (
+                "48khz",
+                ("encodec_48khz-7e698e3e.th",),
+                {"sample_rate": 48_000, "causal": False, "segment": 1.0, "normalize": True},
+                "MIT package; see the hub card",
+                "stereo, 16 codes, 150 Hz",
+            ),
+            (
+                "32khz",
+                ("compression_state_dict.bin",),
+                {"sample_rate": 32_000, "causal": False, "padding": "constant"},
+                "CC-BY-NC-4.0",
+                "MusicGen's, 4 codes, 50 Hz",
+            ),
+        )
+    },
     "rvq/mini": _mini("dac", "audio", "rvq/mini", "DAC-family residual VQ, 16 kHz speech"),
     "cvivit/mini": _mini("cvivit", "video", "cvivit/mini", "C-ViViT, causal in time, 64x64"),
     "cvivit/obvious": Entry(

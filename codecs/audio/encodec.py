@@ -122,8 +122,8 @@ class Encodec(Codec):
         super().__init__()
         self.config = c = config
         self.encoder = Encoder(c)
-        self.quantizer = EuclideanRVQ(c.latent_dim, stages=c.codebooks, size=c.codebook_size)
         self.decoder = Decoder(c)
+        self.quantizer = EuclideanRVQ(c.latent_dim, stages=c.codebooks, size=c.codebook_size)
         self.spec = CodecSpec(
             name=name,
             modality="audio",

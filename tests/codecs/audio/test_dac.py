@@ -137,7 +137,7 @@ def test_published_sizes(rates, codebooks, latent, millions, monkeypatch):
     assert sum(p.numel() for p in codec.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-@pytest.mark.skipif("ANYTOK_PARITY" not in os.environ, reason="importing transformers is slow")
+@pytest.mark.skipif(not os.environ.get("ANYTOK_PARITY"), reason="importing transformers is slow")
 @torch.no_grad()
 def test_huggingface_port_agrees():
     transformers = pytest.importorskip("transformers")
@@ -306,6 +306,19 @@ def test_a_saved_codec_and_a_saved_stream_come_back(tiny, tmp_path):
     stream.save(tmp_path / "a.tok")
     back = TokenStream.load(tmp_path / "a.tok")
     assert torch.equal(codec.decode([back])[0].samples, codec.decode([stream])[0].samples)
+
+
+def test_names_know_their_files(tiny, tmp_path):
+    from anytok.codecs import CodecUnavailable, list_codecs, load_codec
+
+    assert list_codecs("dac/*") == ["dac/16khz", "dac/24khz", "dac/44khz", "dac/44khz-16kbps"]
+    content = {"state_dict": tiny.state_dict(), "metadata": {"kwargs": {"sample_rate": 24000}}}
+    torch.save(content, tmp_path / "weights_24khz.pth")
+    codec = load_codec("dac/24khz", tmp_path)
+    assert codec.config.sample_rate == 24_000
+    assert codec.spec.weights_licence == "MIT"
+    with pytest.raises(CodecUnavailable, match="descript-audio-codec, release 1"):
+        load_codec("dac/44khz-16kbps")
 
 
 @pytest.mark.parametrize(
