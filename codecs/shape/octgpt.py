@@ -26,7 +26,7 @@ from ..published import Weights, load_into
 from ..stream import StreamError, TokenStream
 from .octree import Octree, Points, build_octree, encode_keys, full_octree
 from .surface import Field, GridConfig, mesh, sparse
-from .vqvae import MINI, PRESETS, VQVAE, Decoded, VQVAEConfig
+from .vqvae import MINI, PRESETS, VQVAE, Decoded, OctreeTooLarge, VQVAEConfig
 
 if TYPE_CHECKING:
     from ..registry import Entry
@@ -62,7 +62,7 @@ class OctGPTConfig:
             raise ValueError(f"extent is {self.extent}, expected above 0 and below 2")
 
 
-MINI_CODEC = OctGPTConfig(network=MINI, points=40_000, max_codes=960, grid=96)
+MINI_CODEC = OctGPTConfig(network=MINI, points=20_000, max_codes=960, grid=96, level=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,8 @@ class OctGPT(Codec):
         """The parts of one stream (split bits [N_d] or [N_d, 1], code bits [N, D]) to a field.
 
         Raises:
-            StreamError: a level with no bit set, below which there is nothing to decode.
+            StreamError: a level with no bit set, below which there is nothing to decode; or codes that ask for more
+                nodes than any surface needs.
         """
         *splits, bits = parts
         tree = full_octree(self.config.network.full_depth, device=bits.device)
@@ -232,7 +233,10 @@ class OctGPT(Codec):
             raise StreamError(
                 f"{len(bits)} codes given, the split bits ask for {tree.count(tree.depth)}"
             )
-        return self.vqvae.decode(self.vqvae.quantizer.codes(bits), tree, grow=True)
+        try:
+            return self.vqvae.decode(self.vqvae.quantizer.codes(bits), tree, grow=True)
+        except OctreeTooLarge as error:
+            raise StreamError(str(error)) from error
 
     def mesh(self, field: Field, *, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Vertices [V, 3] in the cube and faces [F, 3] of a field; empty where it has no surface."""

@@ -26,6 +26,11 @@ from .dualgraph import DualGraph, GraphDown, GraphHead, GraphStage, GraphUp, bui
 from .octree import NodeNorm, Octree, OctreeConv, OctreeDown
 
 INPUTS = 4  # normal (3) and displacement (1)
+MAX_NODES = 1 << 22  # of a level that the decoder grows; a 256^3 shape has some 300,000
+
+
+class OctreeTooLarge(ValueError):
+    """Codes ask for more nodes than any surface needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +331,12 @@ class Decoder(nn.Module):
         nodes = sum(out.tree.count(d) for d in range(out.tree.full_depth, depth + 1))
         out.planes[depth] = planes.new_zeros(nodes, 4).index_put((graph.rows,), planes)
         if grow:
-            out.tree = out.tree.split(depth, out.logits[depth].argmax(-1))
+            labels = out.logits[depth].argmax(-1)
+            if 8 * int(labels.sum()) > MAX_NODES:
+                raise OctreeTooLarge(
+                    f"the codes split {int(labels.sum())} nodes at depth {depth}, expected at most {MAX_NODES // 8}"
+                )
+            out.tree = out.tree.split(depth, labels)
             if not last:
                 out.tree = out.tree.grow()
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ...modalities.errors import MediaError
 from ...modalities.measure import f_score, volume_iou
 from ...modalities.shape import Shape
-from ..published import save_codec
+from ..published import load_into, read_weights, save_codec
 from ..shape.octgpt import OctGPT, OctGPTConfig
 from ..shape.octree import Octree, Points
 from ..shape.surface import mpu
@@ -71,13 +71,22 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights: split per depth from the code depth on; then squared errors of distance and gradient, and entropy."""
+    """What is minimised, and how fast.
+
+    Args:
+        split: weight per depth from the code depth on.
+        distance, gradient: weights of their squared errors.
+        entropy: weight of the quantiser's.
+        flip: training noise on the codes' bits.
+        lr: the peak rate of AdamW (published 5e-4; small networks bear more).
+    """
 
     split: tuple[float, ...] = (1.0, 1.0, 0.1)
     distance: float = 200.0
     gradient: float = 1.0
     entropy: float = 1.0
     flip: float = 0.0
+    lr: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -221,11 +230,16 @@ def _turn(rng: torch.Generator, tilt: float) -> Tensor:
 
 
 class OctGPTTask(Task):
-    """The task of `octgpt_mini.json`: sections "model" (OctGPTConfig), "data" (DataConfig), "loss" (LossConfig)."""
+    """The task of `octgpt_mini.json`: sections "model" (OctGPTConfig), "data" (DataConfig), "loss" (LossConfig).
+
+    "model" may name a saved codec as "start", from whose weights training begins.
+    """
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = dict(config)
-        self.model = OctGPTConfig(**config["model"])
+        model = dict(config["model"])
+        self.start = model.pop("start", None)
+        self.model = OctGPTConfig(**model)
         self.data = DataConfig(**{k: _tuple(v) for k, v in config["data"].items()})
         self.weights = LossConfig(**{k: _tuple(v) for k, v in config.get("loss", {}).items()})
         self._held: list[Shape] | None = None
@@ -235,8 +249,13 @@ class OctGPTTask(Task):
         return {"codec": OctGPT(self.model, name=self.config.get("name", "octgpt/mini"))}
 
     def optimizer(self, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW as published, at twice its rate: small networks bear it."""
-        return adamw(parameters, lr=1e-3, betas=(0.9, 0.99))
+        """AdamW as published, but for the rate."""
+        return adamw(parameters, lr=self.weights.lr, betas=(0.9, 0.99))
+
+    def initialise(self, networks: Mapping[str, nn.Module], dataset: Fields) -> None:
+        """Take over the weights of "start"."""
+        if self.start is not None:
+            load_into(networks["codec"], read_weights(self.start).tensors, source=self.start)
 
     def dataset(self) -> Fields:
         """The meshes of split "train"."""

@@ -8,6 +8,7 @@ import torch
 
 from anytok.codecs import load_codec
 from anytok.codecs.published import save_codec
+from anytok.codecs.shape import vqvae
 from anytok.codecs.shape.octgpt import MINI_CODEC, OctGPT, ShapeOptions
 from anytok.codecs.shape.octree import Points, build_octree, decode_keys
 from anytok.codecs.shape.surface import Field, GridConfig, dense, mesh, sparse
@@ -162,6 +163,12 @@ def test_codes_without_a_surface_are_refused(codec, stream, monkeypatch):
     nothing = torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long)
     monkeypatch.setattr(codec, "mesh", lambda field, size=None: nothing)
     with pytest.raises(StreamError, match="describes no surface"):
+        codec.decode([stream])
+
+
+def test_codes_that_ask_for_too_much_are_refused(codec, stream, monkeypatch):
+    monkeypatch.setattr(vqvae, "MAX_NODES", 64)
+    with pytest.raises(StreamError, match="nodes at depth 4, expected at most 8"):
         codec.decode([stream])
 
 
