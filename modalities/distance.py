@@ -2,8 +2,8 @@
 
 - Triangles are cut until each piece lies within a radius r of its middle (about 1/100 of the model), and a KD-tree
   holds the middles. The triangles of the nearest middles are the candidates for the exact distance d.
-- Where the candidates reach out to d + r, no other triangle can be nearer. Within 4 r of the surface, points for which
-  they do not ask again for more. Further away d may be too large by r² / 2d, at most r / 8.
+- Where the candidates reach out to d + r, no other triangle can be nearer. Within 2 r of the surface, points for which
+  they do not ask again for more. Further away d may be too large by r² / 2d, at most r / 4.
 - The sign comes from the angle-weighted pseudonormal of the nearest corner, edge or face, which is right for every
   watertight mesh (Bærentzen and Aanæs 2005, https://doi.org/10.1109/TVCG.2005.49).
 - With a `limit`, as training truncates distances, points beyond it are not searched for at all; their sign is that of
@@ -28,7 +28,7 @@ from .shape import Shape
 
 _PAIRS_AT_ONCE = 200_000  # of a point and a candidate
 _CANDIDATES = (8, 32, 128)
-_NEAR = 4.0  # radii
+_NEAR = 2.0  # radii
 _FINEST = 512  # grid points along the longest side
 _PIECES = 16_000  # about as many as this, however few and large the triangles
 _ON_SURFACE = 1e-7  # of the diagonal: nearer than this, the direction to the surface is rounding

@@ -129,7 +129,8 @@ def _by_voxels(shape: Shape, resolution: int) -> Shape:
     places = band.nonzero()  # x y z
     field[band] = udf(shape, places * step - 1, limit=2 * step)
     free = (field > level).numpy()
-    regions = label(free, connectivity=1)  # joined through faces alone: what half a voxel seals
+    # Joined through faces alone: that is what a shell of half a voxel seals.
+    regions = np.asarray(label(free, connectivity=1))
     outside = regions == regions[0, 0, 0]
     signed = (field - level).numpy()
     signed = np.where(free & ~outside, -signed, signed)

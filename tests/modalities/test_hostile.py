@@ -210,7 +210,7 @@ BOMBS = """
 import resource, sys
 from pathlib import Path
 from anytok.modalities import MediaError, load
-import av, PIL.Image, soundfile, torchaudio, torchvision, trimesh
+import av, PIL.Image, soundfile, trimesh
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
