@@ -1,6 +1,6 @@
 """Training a DAC (the losses of arXiv 2306.06546 §3, at the size that a CPU affords).
 
-    loss = 15 mel + 15 stft + 0.25 commitment + 1 codebook
+    loss = 15 mel + 15 stft + 0.25 commitment + 1 codebook  (+ 1 adversarial + 2 feature matching, once they begin)
 
 - The untrained network is a transform codec (`lapped_start`), which keeps phase from the first step on.
 - Each stage starts from what its inputs look like: a PCA projection of the residual, and the centroids of its
@@ -29,6 +29,12 @@ from ..audio.dac import DAC, DACConfig
 from ..layers.conv import Snake, fuse_weight_norm, snake, train_with_weight_norm
 from ..published import load_into, save_codec
 from ..quantizers.rvq import ProjectedVQ, draw_depths
+from .adversarial import (
+    Discriminators,
+    adversarial_loss,
+    discriminator_loss,
+    feature_loss,
+)
 from .data import Sounds, find_rows
 from .engine import Task
 from .lapped_start import start_as_transform
@@ -50,6 +56,9 @@ class RVQLoss:
         dropout: share of a batch that keeps a random number of stages.
         restart_every: steps between restarts of dead rows.
         mel, stft, commitment, codebook: weights of the losses.
+        adversarial, feature: weights of the discriminators' losses.
+        discriminators_from: the step at which discriminators begin; None for never.
+        discriminator_width: channels of theirs.
         compile_snake: compile the activation (needs a C++ compiler on a CPU).
     """
 
@@ -64,6 +73,10 @@ class RVQLoss:
     stft: float = 15.0
     commitment: float = 0.25
     codebook: float = 1.0
+    adversarial: float = 1.0
+    feature: float = 2.0
+    discriminators_from: int | None = None
+    discriminator_width: int = 32
     compile_snake: bool = False
 
     def __post_init__(self):
@@ -96,7 +109,7 @@ class Trainee(nn.Module):
             return {"y": _fit(y.float(), x), "commitment": zero, "codebook": zero}
         with torch.autocast(x.device.type, enabled=False):
             q = self.codec.quantizer(z.float(), keep)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.remember(q.codes, q.latents)
         y, _ = self.codec.decoder(q.z)
         return {"y": _fit(y.float(), x), "commitment": q.commitment, "codebook": q.codebook}
@@ -220,7 +233,15 @@ class RVQTask(Task):
         spectral = nn.ModuleDict(
             {"mel": MultiScaleMel(self.model.sample_rate), "stft": ComplexSTFT()}
         )
-        return {"codec": trainee, "spectral": spectral}
+        networks = {"codec": trainee, "spectral": spectral}
+        if self.loss.discriminators_from is not None:
+            networks["discriminators"] = Discriminators(self.loss.discriminator_width)
+        return networks
+
+    def active(self, name: str, step: int) -> bool:
+        """Whether a network is updated: discriminators begin late."""
+        begin = self.loss.discriminators_from
+        return name != "discriminators" or (begin is not None and step >= begin)
 
     def optimizer(self, name: str, parameters) -> torch.optim.Optimizer:
         """Adam with betas as published; gains (weight-norm magnitudes, activations, biases) at a higher rate.
@@ -244,7 +265,9 @@ class RVQTask(Task):
         return vary(batch, self.length, rng)
 
     def losses(self, name, networks, batch, step, rng) -> dict[str, Tensor]:
-        """Losses of the codec for crops [B, 1, L]."""
+        """Losses of the codec or of the discriminators for crops [B, 1, L]."""
+        if name == "discriminators":
+            return self._discriminate(networks, batch, rng)
         trainee, weights = networks["codec"], self.loss
         plain = step < weights.plain_steps
         logged = {}
@@ -260,6 +283,14 @@ class RVQTask(Task):
         loss = weights.mel * mel + weights.stft * stft
         loss = loss + weights.commitment * out["commitment"] + weights.codebook * out["codebook"]
         logged |= {k: out[k] for k in ("commitment", "codebook")}
+        if "discriminators" in networks and self.active("discriminators", step):
+            judge = networks["discriminators"]
+            with torch.no_grad():
+                real = judge(batch)
+            fake = judge(out["y"])
+            logged |= {"adversarial": adversarial_loss(fake), "feature": feature_loss(real, fake)}
+            loss = loss + weights.adversarial * logged["adversarial"]
+            loss = loss + weights.feature * logged["feature"]
         return {"loss": loss, "mel": mel, "stft": stft, **logged}
 
     def evaluate(self, networks, step) -> dict[str, float]:
@@ -300,6 +331,12 @@ class RVQTask(Task):
             first = [i for i, (_, start) in enumerate(sounds.pieces) if start == 0]
             self._held = torch.stack([sounds[i] for i in first])
         return self._held
+
+    def _discriminate(self, networks, batch: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+        trainee, judge = networks["codec"], networks["discriminators"]
+        with torch.no_grad():
+            fake = trainee.reconstruct(batch, self._keep(len(batch), rng))["y"]
+        return {"loss": discriminator_loss(judge(batch), judge(fake))}
 
     def _keep(self, batch: int, rng: torch.Generator) -> Tensor:
         return draw_depths(batch, self.model.codebooks, self.loss.dropout, rng)
