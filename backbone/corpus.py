@@ -41,7 +41,16 @@ class Document:
     copy: int
     split: str
     row: Mapping[str, object]
-    streams: Mapping[str, TokenStream]
+    records: Mapping[str, tuple[Rule, list[list[int]], list[int]]]
+
+    @property
+    def modalities(self) -> set[str]:
+        """What the document holds."""
+        return set(self.records)
+
+    def stream(self, modality: str) -> TokenStream:
+        """The stream of a modality."""
+        return _stream(*self.records[modality])
 
 
 def tokenize(
@@ -124,33 +133,33 @@ class Corpus:
         import pyarrow
         import pyarrow.parquet
 
+        text, row = "", {}
         for path in sorted(self.path.glob("shard-*.parquet")):
             try:
                 table = pyarrow.parquet.read_table(path)
             except (pyarrow.ArrowInvalid, OSError) as error:
                 raise CorpusError(f"{path}: not a whole Parquet file ({error})") from error
             for record in table.to_pylist():
-                streams = {m: stream(record, rule) for m, rule in self.rules.items() if record[m]}
-                yield Document(
-                    record["item"],
-                    record["copy"],
-                    record["split"],
-                    json.loads(record["row"]),
-                    streams,
-                )
+                held = {
+                    m: (rule, record[m], record[f"{m}.grid"])
+                    for m, rule in self.rules.items()
+                    if record[m]
+                }
+                if record["row"] != text:  # copies of an item stand together and share its row
+                    text, row = record["row"], json.loads(record["row"])
+                yield Document(record["item"], record["copy"], record["split"], row, held)
 
 
-def stream(record: Mapping, rule: Rule) -> TokenStream:
-    """The stream that a corpus row holds."""
-    parts = []
-    for codes, vocab in zip(record[rule.modality], rule.vocab):
+def _stream(rule: Rule, parts: list[list[int]], grid: list[int]) -> TokenStream:
+    tables = []
+    for codes, vocab in zip(parts, rule.vocab):
         table = rearrange(torch.tensor(codes, dtype=torch.int64), "(n d) -> n d", d=len(vocab))
-        parts.append(Part(table, vocab))
+        tables.append(Part(table, vocab))
     return TokenStream(
-        parts=tuple(parts),
+        parts=tuple(tables),
         codec=rule.codec,
         modality=rule.modality,
-        grid=tuple(record[f"{rule.modality}.grid"]),
+        grid=tuple(grid),
         prefix_step=rule.prefix_step,
         depth_prefix=rule.depth_prefix,
         meta=rule.meta,

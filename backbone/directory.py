@@ -104,8 +104,16 @@ def save_model(model: Model, path: str | Path, *, dtype: torch.dtype | None = No
         (path / "tokenizer.json").write_text(model.text.config.tokenizer)
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Model:
-    """Read a directory that `save_model` wrote; codecs are loaded when they are needed.
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    codecs: Mapping[str, Codec] | None = None,
+) -> Model:
+    """Read a directory that `save_model` wrote; codecs are loaded by name when they are needed.
+
+    Args:
+        codecs: codecs by modality that are loaded already, or that no name finds.
 
     Raises:
         WeightsError: weights or config are missing or damaged.
@@ -138,6 +146,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Model:
         text=text,
         pairs=tuple((read, write) for read, write in about["pairs"]),
         generation=about["generation"],
+        codecs=dict(codecs or {}),
     )
     if "grounded" in about:
         model.grounded = _load_grounded(model, about["grounded"], path, config)

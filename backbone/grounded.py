@@ -94,10 +94,22 @@ class Grounded(nn.Module):
         self.maps_out = nn.Parameter(torch.randn(self.blocks, width, config.width) * 0.01)
 
     def forward(
-        self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        stacked: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states [B, L, D] of ids [B, L]."""
+        """Hidden states [B, L, D] of ids [B, L].
+
+        Args:
+            stacked: where several ids share a position: True at those places [B, L], and their ids [m, D] (-1: none).
+        """
         embeddings = self.embed(ids)
+        if stacked is not None:
+            places, codes = stacked
+            rows = (self.embed(codes.clamp(min=0)) * (codes >= 0)[..., None]).sum(1)
+            embeddings = embeddings.masked_scatter(places[..., None], rows.to(embeddings.dtype))
         return self.transformer(
             embeddings=embeddings, positions=positions, mask=mask, keep=0
         ).hidden

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..codecs.stream import Part, StreamError, TokenStream
@@ -48,7 +49,7 @@ class Segment:
     Args:
         start, stop: places in the sequence, without the opening and closing id.
         kind: "ids" in the sequence itself; otherwise ids are placeholders and `data` has the content:
-            "codes" [n, D], "features" [n, d] or "latents" [n, d].
+            "codes" [n, D] (ids whose embeddings are summed; -1 for none), "features" [n, d] or "latents" [n, d].
         block: the modality.
         document: its number in the sequence.
     """
@@ -82,6 +83,12 @@ class Packed:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def stacked(self) -> Tensor | None:
+        """The ids [m, D] that share positions, in order; None where none do."""
+        parts = [s.data for s in self.segments if s.kind == "codes" and s.data is not None]
+        return torch.cat(parts) if parts else None
 
     @classmethod
     def join(cls, sequences: Sequence[Packed]) -> Packed:
@@ -217,7 +224,7 @@ class Interleaver:
         ids, weights = [torch.tensor([self.vocabulary.special(BOS)])], [torch.zeros(1)]
         segments, start = [], 1
         for item in items:
-            body = self.ids(item.stream)
+            body, stacked = self._body(item)
             opening, closing = self.tags(item.stream.modality)
             ids.append(torch.cat([torch.tensor([opening]), body, torch.tensor([closing])]))
             weights.append(_block_weights(item, len(body)))
@@ -225,6 +232,8 @@ class Interleaver:
                 Segment(
                     start=start + 1,
                     stop=start + 1 + len(body),
+                    kind="ids" if stacked is None else "codes",
+                    data=stacked,
                     block=item.stream.modality,
                     role=item.role,
                     time=item.time,
@@ -242,6 +251,17 @@ class Interleaver:
             documents=torch.zeros(len(whole), dtype=torch.int64),
             segments=tuple(segments),
         )
+
+    def _body(self, item: Item) -> tuple[Tensor, Tensor | None]:
+        """The ids of a block; where several share a position, placeholders [n] and the ids [n, D]."""
+        ids = self.ids(item.stream)
+        stack = self.rule(item.stream.modality).stack
+        if item.target or not stack:
+            return ids, None
+        count = -(-len(ids) // stack)
+        rest = ids.new_full((count * stack - len(ids),), -1)
+        stacked = rearrange(torch.cat([ids, rest]), "(n d) -> n d", d=stack)
+        return ids.new_full((count,), self.vocabulary.special(PLACE)), stacked
 
     def parse(self, ids: Tensor | Sequence[int]) -> list[TokenStream]:
         """The streams of a document; ids before the first block's opening and `<eos>` are framing.

@@ -41,6 +41,8 @@ class Rule:
         limit: the most positions (prefix) or frames that a model reads and writes; None for the layout's own.
         tables: each of the first so many positions has a block of its own (the codec's `position_tables`); 0 for
             one block for all. Then no stream has more positions.
+        stack: so many ids of a stream that is only read share one position, their embeddings summed; 0 for one id a
+            position. Reading becomes shorter by that factor; writing is not touched.
         meta: what streams that a model wrote say to the decoder.
     """
 
@@ -54,6 +56,7 @@ class Rule:
     prefix_step: int | None = None
     depth_prefix: bool = False
     tables: int = 0
+    stack: int = 0
     meta: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -84,6 +87,7 @@ class Rule:
         depths: int | None = None,
         shape: tuple[int, ...] | None = None,
         limit: int | None = None,
+        stack: int = 0,
         meta: Mapping[str, object] | None = None,
     ) -> Rule:
         """The rule of a codec; `depths` keeps the first so many of each position."""
@@ -101,6 +105,7 @@ class Rule:
             prefix_step=spec.prefix_step,
             depth_prefix=spec.depth_prefix,
             tables=min(spec.position_tables, limit or spec.position_tables),
+            stack=stack,
             meta=meta or {},
         )
 

@@ -31,9 +31,9 @@ from ..codecs.training.loader import RandomDataset
 from ..modalities.text import Text
 from . import masks
 from .corpus import Corpus, Document
-from .directory import Model, save_model
+from .directory import Model, load_model, save_model
 from .grounded import Grounded, Grounding
-from .interleave import Interleaver, Item, Packed, fill
+from .interleave import PLACE, Interleaver, Item, Packed, fill
 from .rules import Rule
 from .transformer import TransformerConfig
 from .words import word_tokenizer
@@ -47,6 +47,8 @@ class Pair:
         read, write: modalities.
         share: how often it is drawn, beside the other pairs.
         units: how many positions of a prefix layout are used (of the side that is no text), one of these a draw.
+        copies: only the first so many copies of an item: 1 for media as they are, which is what should be written;
+            None for all, which is what reading learns from.
         drop: how often the read side is left out.
         scale: weight of its loss.
         prompts: templates over the row's fields for the text that is read or written, one a draw.
@@ -56,6 +58,7 @@ class Pair:
     write: str
     share: float = 1.0
     units: tuple[int, ...] = ()
+    copies: int | None = None
     drop: float = 0.0
     scale: float = 1.0
     prompts: tuple[str, ...] = ("{text}",)
@@ -75,6 +78,8 @@ class PairsConfig:
         corpora: folders below it that `corpus.tokenize` wrote.
         codecs: modality -> codec name or file, for grounding and export; text is a word tokenizer of the corpora.
         pairs: the directions.
+        stack: modality -> how many ids share a position where its stream is only read.
+        start: a model directory whose weights training begins with.
         front: (how many first positions of a written prefix, how much more they weigh).
         context: the most ids of a row.
         packing: several documents a row. Saves work where their lengths differ much; where they do not, short rows of
@@ -86,6 +91,8 @@ class PairsConfig:
     corpora: tuple[str, ...]
     codecs: Mapping[str, str]
     pairs: tuple[Pair, ...]
+    stack: Mapping[str, int] = field(default_factory=dict)
+    start: str | None = None
     front: tuple[int, float] = (8, 2.0)
     context: int = 128
     packing: bool = True
@@ -116,6 +123,14 @@ class PairsTask(Task):
         (codec,) = self.codecs.values()
         return {"backbone": Grounded(self.model, Grounding.of(self.interleaver, codec))}
 
+    def initialise(self, networks: Mapping[str, nn.Module], dataset: Any) -> None:
+        """Weights of the model that `start` names."""
+        if self.data.start is not None:
+            before = load_model(self.data.start, codecs=self.codecs)
+            if before.grounded is None or before.transformer.config != self.model:
+                raise ValueError(f"{self.data.start} is a model of other sizes than this config's")
+            networks["backbone"].load_state_dict(before.grounded.state_dict())
+
     def optimizer(self, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW."""
         return adamw(parameters, **self.config.get("optimizer", {}))
@@ -128,7 +143,8 @@ class PairsTask(Task):
     def collate(self, samples: Sequence[Packed]) -> dict[str, Tensor]:
         """Rows of documents: ids, positions, targets' weights, and, where packed, documents; all [R, L]."""
         rows = fill(samples, self.data.context) if self.data.packing else samples
-        return collate(rows, packed=self.data.packing)
+        place = self.interleaver.vocabulary.special(PLACE)
+        return collate(rows, place, packed=self.data.packing)
 
     def losses(
         self,
@@ -180,7 +196,11 @@ class PairsTask(Task):
     def _interleaver(self) -> Interleaver:
         rules = [Rule.of(self.text, limit=self.data.context)]
         for modality, codec in self.codecs.items():
-            rules.append(Rule.of(codec, limit=self._most_units(modality)))
+            rules.append(
+                Rule.of(
+                    codec, limit=self._most_units(modality), stack=self.data.stack.get(modality, 0)
+                )
+            )
         for corpus in self.corpora:
             corpus.check(rules)
         return Interleaver.build(rules, multiple=64)
@@ -210,7 +230,7 @@ class Pairs(RandomDataset):
     def draw(self, index: int, rng: torch.Generator) -> Packed:
         """One document of the item."""
         pair = self.config.pairs[int(torch.multinomial(self.shares, 1, generator=rng))]
-        copies = self.items[index]
+        copies = self.items[index][: pair.copies]
         document = copies[_below(len(copies), rng)]
         packed = build(document, pair, self.interleaver, self.text, self.config, rng)
         if packed is None:
@@ -230,7 +250,7 @@ def build(
 
     None where the document lacks a medium.
     """
-    if any(m != "text" and m not in document.streams for m in (pair.read, pair.write)):
+    if any(m != "text" and m not in document.modalities for m in (pair.read, pair.write)):
         return None
     units = pair.units[-1 if rng is None else _below(len(pair.units), rng)] if pair.units else None
     template = pair.prompts[0 if rng is None else _below(len(pair.prompts), rng)]
@@ -238,7 +258,7 @@ def build(
     def stream(modality: str) -> TokenStream:
         if modality == "text":
             return text.encode([Text(template.format(**document.row))])[0]
-        whole = document.streams[modality]
+        whole = document.stream(modality)
         return whole if units is None else whole[: min(units, len(whole))]
 
     written = stream(pair.write)
@@ -251,10 +271,11 @@ def build(
     return interleaver.pack(items)
 
 
-def collate(rows: Sequence[Packed], *, packed: bool = True) -> dict[str, Tensor]:
+def collate(rows: Sequence[Packed], place: int, *, packed: bool = True) -> dict[str, Tensor]:
     """Rows [R, L], padded at the right to the longest; padding is a document of its own, -1.
 
     Args:
+        place: the placeholder of positions that several ids share.
         packed: whether rows hold several documents; without, causality keeps padding out, and no mask is needed.
     """
     length = max(len(row) for row in rows)
@@ -269,6 +290,9 @@ def collate(rows: Sequence[Packed], *, packed: bool = True) -> dict[str, Tensor]
     }
     if packed:
         batch["documents"] = padded([row.documents for row in rows], -1)
+    stacked = [row.stacked for row in rows if row.stacked is not None]
+    if stacked:
+        batch |= {"places": batch["ids"] == place, "stacked": torch.cat(stacked)}
     return batch
 
 
@@ -284,7 +308,8 @@ def written_loss(network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tens
     if "documents" in batch:
         documents = batch["documents"][:, :-1]
         mask = masks.causal(ids.shape[1] - 1, documents=documents, device=ids.device)
-    hidden = network(ids[:, :-1], batch["positions"][:, :-1], mask)
+    stacked = (batch["places"][:, :-1], batch["stacked"]) if "stacked" in batch else None
+    hidden = network(ids[:, :-1], batch["positions"][:, :-1], mask, stacked)
     slots = network.slots(ids)[:, 1:]
     chosen = (weights > 0) & (slots != -2)
     losses = network.losses(hidden[chosen], ids[:, 1:][chosen], slots[chosen])

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..backbone.directory import Model, load_model
 from ..backbone.grammar import Grammar
-from ..backbone.interleave import BOS, Item
-from ..codecs.codec import CodecUnavailable
+from ..backbone.interleave import BOS, Item, Packed
+from ..codecs.codec import Codec, CodecUnavailable
 from ..codecs.layout import Prefix
 from ..codecs.stream import TokenStream
 from ..modalities.media import MODALITIES, Media
@@ -97,8 +98,12 @@ class AnyToAny:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        codecs: Mapping[str, Codec] | None = None,
     ) -> AnyToAny:
         """Load a model that ships with anytok, or a model directory.
+
+        Args:
+            codecs: codecs by modality that are loaded already, or that no name finds.
 
         Raises:
             ValueError: neither a known name nor a directory.
@@ -113,7 +118,7 @@ class AnyToAny:
         if not path.is_dir():
             known = ", ".join(MODELS)
             raise ValueError(f"{name!r} is neither a model directory nor one of {known}")
-        model = load_model(path, dtype=dtype)
+        model = load_model(path, dtype=dtype, codecs=codecs)
         model.transformer.to(device)
         return cls(model)
 
@@ -323,7 +328,21 @@ class AnyToAny:
                 f"{' and '.join(plan or ['an answer'])} takes at least, only {max(room, 0)} fit"
             )
         bos = torch.tensor([self.interleaver.vocabulary.special(BOS)])
-        return Request(ids=prompt.ids, null_ids=bos, state=grammar.start(plan), max_tokens=room)
+        given = {"ids": prompt.ids}
+        if prompt.stacked is not None:
+            given = {"embeddings": self._embedded(prompt)}
+        return Request(**given, null_ids=bos, state=grammar.start(plan), max_tokens=room)
+
+    @torch.inference_mode()
+    def _embedded(self, prompt: Packed) -> Tensor:
+        """Input rows [L, D] of a prompt in which several ids share a position."""
+        rows = self.model.transformer.embed(prompt.ids)
+        for segment in prompt.segments:
+            if segment.kind == "codes" and segment.data is not None:
+                codes = segment.data
+                own = self.model.transformer.embed(codes.clamp(min=0)) * (codes >= 0)[..., None]
+                rows[segment.start : segment.stop] = own.sum(1)
+        return rows
 
     def _options(self, options: Sampling | Mapping[str, Sampling] | None):
         if isinstance(options, Sampling):

@@ -42,7 +42,7 @@ class PictureJudge:
         self.device = device
 
     @torch.inference_mode()
-    def features(self, pictures: Sequence[Image], *, batch: int = 32) -> Tensor:
+    def features(self, pictures: Sequence[Image], *, batch: int = 4) -> Tensor:
         """Mean-pooled features [B, 1280]; alpha is laid over white."""
         out = []
         for start in range(0, len(pictures), batch):

@@ -34,8 +34,8 @@ def same(a, b):
     assert sorted(map(key, a)) == sorted(map(key, b))
     for x, y in zip(sorted(a, key=key), sorted(b, key=key)):
         assert x.row == y.row
-        assert x.streams.keys() == y.streams.keys()
-        assert all(torch.equal(x.streams[m].codes, y.streams[m].codes) for m in x.streams)
+        assert x.modalities == y.modalities
+        assert all(torch.equal(x.stream(m).codes, y.stream(m).codes) for m in x.modalities)
 
 
 def build(recipe, out, **options):
@@ -52,13 +52,13 @@ def test_a_corpus_holds_what_the_codecs_say(recipe, tmp_path):
     first = corpus.documents[0]
     picture = Image.load(recipe / "0.png")
     want = Thumbnail().encode([picture])[0]
-    assert torch.equal(first.streams["image"].codes, want.codes)
-    Thumbnail().check(first.streams["image"])
-    assert TextCodec().decode([first.streams["text"]])[0].text == "red apple"
+    assert torch.equal(first.stream("image").codes, want.codes)
+    Thumbnail().check(first.stream("image"))
+    assert TextCodec().decode([first.stream("text")])[0].text == "red apple"
     assert first.row["style"] == "noto"
-    assert "image" not in corpus.documents[-1].streams
+    assert "image" not in corpus.documents[-1].modalities
     copies = corpus.items("train")[0]
-    assert not torch.equal(copies[1].streams["image"].codes, copies[2].streams["image"].codes)
+    assert not torch.equal(copies[1].stream("image").codes, copies[2].stream("image").codes)
 
 
 def test_a_stopped_run_goes_on_and_two_processes_share_the_work(recipe, tmp_path):

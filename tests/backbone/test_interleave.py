@@ -199,3 +199,21 @@ def test_layout_counts():
     assert dataclasses.replace(RULES["frames"], limit=2).most == 2
     assert dataclasses.replace(RULES["prefix"], layout=Prefix(8), prefix_step=4).most == 2
     assert dataclasses.replace(RULES["text"], layout=Frames((), 7)).most == 7
+
+
+def test_what_is_only_read_can_share_positions():
+    codec = Thumbnail()
+    interleaver = Interleaver.build([Rule.of(TextCodec()), Rule.of(codec, stack=4)])
+    packed = interleaver.pack(
+        [Item(stream=picture(6), target=False), Item(stream=picture(6)), Item(stream=text())]
+    )
+    place = interleaver.vocabulary.special("<place>")
+    assert (packed.ids == place).nonzero().flatten().tolist() == [2, 3]
+    ids = interleaver.ids(picture(6)).tolist()
+    assert packed.stacked.tolist() == [ids[:4], [*ids[4:], -1, -1]]
+    assert [(s.kind, s.stop - s.start) for s in packed.segments] == [
+        ("codes", 2),
+        ("ids", 6),
+        ("ids", 2),
+    ]
+    assert Packed.join([packed, packed]).stacked.shape == (4, 4)

@@ -102,6 +102,22 @@ def test_packed_rows_and_rows_of_one_document_have_one_loss(config):
     torch.testing.assert_close(packed["loss"], alone["loss"])
 
 
+def test_a_model_that_reads_several_codes_a_position_reads_what_it_learned(config, tmp_path):
+    config["data"] |= {"stack": {"image": 4}}
+    config["data"]["pairs"] = config["data"]["pairs"][1:]
+    config["run"] |= {"steps": 60}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    model = AnyToAny.load(train(str(path)))
+    pictures = [Image.load(tmp_path / "recipe" / f"{i}.png") for i in range(4)]
+    assert [a.items[0].text for a in model(pictures, to="text")] == list(NAMES)
+    again = {**config["data"], "start": str(tmp_path / "run" / "model")}
+    task = PairsTask({**config, "data": again})
+    networks = task.networks()
+    task.initialise(networks, task.dataset())
+    assert task.evaluate({"backbone": networks["backbone"].eval()}, 0)["image_to_text"] < 0.5
+
+
 def test_a_grounded_directory_keeps_maps_and_gives_the_same_ids(config, tmp_path):
     task = PairsTask(config)
     networks = task.networks()
