@@ -65,16 +65,23 @@ def restore_picture(pixels: Tensor, meta: Mapping[str, object], *, native: bool 
 def decode_pictures(
     codec: Codec, streams: Sequence[TokenStream], options: PictureOptions | None
 ) -> list[Image]:
-    """Streams of a one-part codec to pictures; streams of one length go through `detokenize` together."""
+    """Streams of a one-part codec to pictures; those of one shape go through `detokenize` together.
+
+    `detokenize` takes codes [B, N] from codecs of one code a position, else [B, N, depth], and the grid where streams
+    have one.
+    """
     for stream in streams:
         codec.check(stream)
     pictures: dict[int, Image] = {}
     native = options is not None and options.native
-    for length in {len(stream) for stream in streams}:
-        rows = [i for i, stream in enumerate(streams) if len(stream) == length]
-        codes = torch.stack([streams[i].codes[:, 0] for i in rows]).to(codec.device)
-        for i, pixels in zip(rows, codec.detokenize(codes)):
-            pictures[i] = restore_picture(pixels, streams[i].meta, native=native)
+    flat = len(codec.spec.vocab[0]) == 1
+    for shape, grid in {(stream.codes.shape, stream.grid) for stream in streams}:
+        rows = [i for i, s in enumerate(streams) if (s.codes.shape, s.grid) == (shape, grid)]
+        codes = torch.stack([streams[i].codes for i in rows]).to(codec.device)
+        codes = codes[..., 0] if flat else codes
+        pixels = codec.detokenize(codes, grid) if grid else codec.detokenize(codes)
+        for i, picture in zip(rows, pixels):
+            pictures[i] = restore_picture(picture, streams[i].meta, native=native)
     return [pictures[i] for i in range(len(streams))]
 
 
