@@ -125,7 +125,8 @@ def small_codec() -> GigaTok:
         if parameter.ndim > 1:
             draw = torch.randn(parameter.shape, generator=rng)
             parameter.copy_(draw / parameter[0].numel() ** 0.5)
-    return codec.double()  # random weights amplify float32's rounding; a leak between rows would show
+    # float64: random weights amplify float32's rounding, and a leak between rows would still show
+    return codec.double()
 
 
 def test_streams_there_and_back_without_the_teacher():
