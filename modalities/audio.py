@@ -309,10 +309,24 @@ def _ffmpeg_blocks(container: Any, stream: Any, name: str) -> Iterator[Tensor]:
 
     with translating(name, ffmpeg_failures(), "its sound is damaged"):
         to_float = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
-        for frame in container.decode(stream):
-            frame.pts = None  # gaps in the time stamps must not make the resampler invent samples
-            for block in to_float.resample(frame):
-                yield _finite(torch.from_numpy(block.to_ndarray()), name)
+        begun = False
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                # MP3 cut out of a longer stream begins with packets that need the ones before: silence, as in players.
+                if begun or not packet.duration:
+                    raise
+                length = round(packet.duration * packet.time_base * stream.rate)
+                yield torch.zeros(stream.channels, min(length, _BLOCK))
+                continue
+            for frame in frames:
+                begun = True
+                frame.pts = (
+                    None  # gaps in the time stamps must not make the resampler invent samples
+                )
+                for block in to_float.resample(frame):
+                    yield _finite(torch.from_numpy(block.to_ndarray()), name)
 
 
 @contextmanager

@@ -1,3 +1,7 @@
+import io
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 import torch
@@ -5,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from anytok.modalities import Audio, MediaError
+from anytok.modalities import Audio, MediaError, audio
 from tests.modalities.conftest import film, tone
 
 
@@ -144,3 +148,33 @@ def test_nan_in_a_file_is_refused(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.array([0.0, np.nan], np.float32), 8000, subtype="FLOAT")
     with pytest.raises(MediaError, match="NaN"):
         Audio.load(tmp_path / "a.wav")
+
+
+class Undecodable:
+    """A packet as FFmpeg hands it out when an MP3 was cut from a longer stream."""
+
+    duration, time_base = 100, Fraction(1, 1000)
+
+    def decode(self):
+        raise av.error.InvalidDataError(1, "invalid data")
+
+
+@pytest.mark.parametrize(("bad", "silence"), [(0, 3), (5, None)])
+def test_undecodable_packets_are_silence_at_the_beginning_only(files, bad, silence):
+    with av.open(io.BytesIO(files["a.flac"]), "r", format="flac") as container:
+        stream = container.streams.audio[0]
+        packets = list(container.demux(stream))
+        packets[bad:bad] = [Undecodable()] * 3
+
+        class Container:
+            def demux(self, stream):
+                yield from packets
+
+        blocks = audio._ffmpeg_blocks(Container(), stream, "a.flac")
+        if silence is None:
+            with pytest.raises(MediaError, match=r"a\.flac: its sound is damaged"):
+                list(blocks)
+        else:
+            samples = torch.cat(list(blocks), dim=1)
+            assert not samples[:, : silence * 1600].any()
+            assert torch.equal(samples[:, silence * 1600 :], tone(channels=2).samples)
