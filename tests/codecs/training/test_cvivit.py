@@ -12,6 +12,7 @@ from anytok.codecs.training.cvivit import (
     initialise,
     psnr,
     quantiser_loss,
+    refit_pixels,
     repeat_still,
     spherical_kmeans,
 )
@@ -92,6 +93,19 @@ def test_analytic_start_streams_pictures_like_films():
     torch.testing.assert_close(still, moving, atol=1e-5, rtol=1e-5)
 
 
+def test_refit_finds_the_best_linear_layer():
+    codec, clips = started(), smooth_clips(30, seed=2)
+    x = clips.float() / 255
+    for layer in (codec.to_pixels[0], codec.to_pixels_first_frame[0]):
+        layer.weight.data += 0.02 * torch.randn_like(layer.weight)
+    worse = (codec.detokenize(codec.tokenize(x)) - x).square().mean()
+    refit_pixels(codec, clips)
+    best = (codec.detokenize(codec.tokenize(x)) - x).square().mean()
+    assert best < worse
+    codec.to_pixels[0].weight.data *= 1.01
+    assert (codec.detokenize(codec.tokenize(x)) - x).square().mean() > best
+
+
 def test_repeat_still_matches_the_cutting():
     codec = CViViT(CViViTConfig(**MODEL))
     x = torch.rand(1, 1, 3, 16, 16)
@@ -143,7 +157,7 @@ def test_lfq_is_trained_by_entropies():
 
 
 def test_run_evaluates_and_exports(folder, tmp_path):
-    task = CViViTTask({**config(folder), "name": "cvivit/toy"})
+    task = CViViTTask({**config(folder, encoder_from=None, refit=4), "name": "cvivit/toy"})
     settings = RunConfig(out=str(tmp_path / "run"), steps=2, batch_size=2, tensorboard=False)
     codec = load_codec(run(task, settings))
     assert codec.spec.name == "cvivit/toy"
