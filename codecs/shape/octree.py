@@ -317,41 +317,60 @@ def merge_octrees(trees: Sequence[Octree]) -> Octree:
 
 class _GatherMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, table: Tensor, weight: Tensor, mirrored: bool) -> Tensor:
         ctx.save_for_backward(x, table, weight)
-        out = x.new_empty(len(table), weight.shape[1])
-        for rows in _blocks(table, x):
-            torch.mm(_taps(x, table[rows]), weight, out=out[rows])
-        return out
+        ctx.mirrored = mirrored
+        return _forward(x, table, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, table, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
-        for rows in _blocks(table, x):
-            block = table[rows]
-            if grad_weight is not None:
-                grad_weight.addmm_(_taps(x, block).t(), grad[rows])
-            if grad_x is not None:
-                spread = (grad[rows] @ weight.t()).view(-1, x.shape[1])
-                grad_x.index_add_(0, block.reshape(-1), spread)
-        return grad_x, None, grad_weight
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = torch.zeros_like(weight)
+            for rows in _blocks(table, x):
+                grad_weight.addmm_(_taps(x, table[rows]).t(), grad[rows])
+        if ctx.needs_input_grad[0]:
+            grad_x = (_grad_mirrored if ctx.mirrored else _grad_scattered)(x, table, weight, grad)
+        return grad_x, None, grad_weight, None
 
 
-def gather_matmul(x: Tensor, table: Tensor, weight: Tensor) -> Tensor:
+def gather_matmul(x: Tensor, table: Tensor, weight: Tensor, *, mirrored: bool = False) -> Tensor:
     """Gather K rows of x for each row of the table, side by side, times the weight.
 
     Args:
         x: [M, C]; a tap that is missing points at a row of zeros, by custom the last.
         table: integers [N, K], rows of x.
         weight: [K * C, O].
+        mirrored: M = N + 1, and row i has j at tap k exactly where row j has i at tap K - 1 - k, as neighbours have.
+            The gradient of x is then a gather too, which is several times faster than adding rows up.
 
     Returns:
         [N, O]
     """
-    return _GatherMatmul.apply(x, table, weight)
+    return _GatherMatmul.apply(x, table, weight, mirrored)
+
+
+def _forward(x: Tensor, table: Tensor, weight: Tensor) -> Tensor:
+    out = x.new_empty(len(table), weight.shape[1])
+    for rows in _blocks(table, x):
+        torch.mm(_taps(x, table[rows]), weight, out=out[rows])
+    return out
+
+
+def _grad_mirrored(x: Tensor, table: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    taps = rearrange(weight, "(k c) o -> k c o", c=x.shape[1]).flip(0)
+    back = rearrange(taps, "k c o -> (k o) c").contiguous()
+    return F.pad(_forward(F.pad(grad, (0, 0, 0, 1)), table, back), (0, 0, 0, 1))
+
+
+def _grad_scattered(x: Tensor, table: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    grad_x = torch.zeros_like(x)
+    for rows in _blocks(table, x):
+        spread = (grad[rows] @ weight.t()).view(-1, x.shape[1])
+        grad_x.index_add_(0, table[rows].reshape(-1), spread)
+    return grad_x
 
 
 def _blocks(table: Tensor, x: Tensor):
@@ -374,9 +393,8 @@ class OctreeConv(nn.Module):
 
     def forward(self, x: Tensor, tree: Octree, depth: int) -> Tensor:
         """Convolve level `depth`."""
-        return gather_matmul(
-            F.pad(x, (0, 0, 0, 1)), tree.stencil(depth), self.weights.flatten(0, 1)
-        )
+        weight = self.weights.flatten(0, 1)
+        return gather_matmul(F.pad(x, (0, 0, 0, 1)), tree.stencil(depth), weight, mirrored=True)
 
 
 class OctreeDown(nn.Module):

@@ -173,6 +173,18 @@ def test_gather_matmul_has_the_right_gradients():
     assert torch.autograd.gradcheck(lambda x, w: gather_matmul(x, table, w), (x, weight))
 
 
+def test_neighbours_are_mirrored_and_so_is_their_gradient(tree):
+    table, rng = tree.stencil(3), torch.Generator().manual_seed(0)
+    n = len(table)
+    x = torch.nn.functional.pad(torch.randn(n, 2, generator=rng), (0, 0, 0, 1)).requires_grad_(True)
+    weight = torch.randn(27 * 2, 3, generator=rng)
+    out = [gather_matmul(x, table, weight, mirrored=mirrored) for mirrored in (False, True)]
+    assert torch.equal(*out)
+    up = torch.randn(n, 3, generator=rng)
+    grads = [torch.autograd.grad(y, x, up)[0][:n] for y in out]  # the last row is the zeros
+    torch.testing.assert_close(*grads)
+
+
 def test_a_batch_does_not_mix_its_rows(golden, tree):
     """Normalisation and convolution of a batch equal those of each octree alone."""
     conv = ConvNorm(OctreeConv(4, 16), 16, 5)
