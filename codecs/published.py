@@ -144,7 +144,7 @@ def _from_hub(repo: str, name: str) -> Path:
 
 
 def read_weights(path: str | Path, *, wrapper: str | None = None) -> Weights:
-    """Read the tensors of a safetensors or torch file; `wrapper` names the sub-dictionary of a checkpoint.
+    """Read the tensors of a safetensors, torch or ONNX file; `wrapper` names the sub-dictionary of a checkpoint.
 
     Raises:
         WeightsError: the file is cut short, of another kind, or holds objects that are not tensors.
@@ -155,6 +155,10 @@ def read_weights(path: str | Path, *, wrapper: str | None = None) -> Weights:
             head = file.read(9)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
+    if path.suffix == ".onnx":
+        from .audio.cosyvoice.graph import read_onnx
+
+        return read_onnx(path)
     if head[8:9] == b"{":
         return _read_safetensors(path)
     try:

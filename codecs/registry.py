@@ -59,6 +59,7 @@ SYSTEMS: dict[str, str] = {
     "llamagen": "image.llamagen",
     "rqvae": "image.rqvae",
     "dac": "audio.dac",
+    "cosyvoice-s3": "audio.cosyvoice.s3",
     "encodec": "audio.encodec",
     "cvivit": "video.cvivit",
     "octgpt": "shape.octgpt",
@@ -326,6 +327,66 @@ CODECS: dict[str, Entry] = {
         )
     },
     "rvq/mini": _mini("dac", "audio", "rvq/mini", "DAC-family residual VQ, 16 kHz speech"),
+    **{
+        f"cosyvoice/s3-{variant}": Entry(
+            system="cosyvoice-s3",
+            modality="audio",
+            files={"weights": file},
+            config=config,
+            weights_licence="Apache-2.0 (model card; for academic purposes, says the README)",
+            about=f"{tokens} speech tokens a second of {codes}; encodes only",
+        )
+        for variant, file, config, tokens, codes in (
+            (
+                "v1",
+                File(
+                    name="speech_tokenizer_v1.onnx",
+                    repo="FunAudioLLM/CosyVoice-300M",
+                    sha256="23b5a723",
+                    alternatives=("speech_tokenizer_v1.pt",),
+                ),
+                {"version": "v1", "rate": 50},
+                50,
+                "4,096",
+            ),
+            (
+                "v1-25hz",
+                File(
+                    name="speech_tokenizer_v1.onnx",
+                    url="https://www.modelscope.cn/models/iic/CosyVoice-300M-25Hz",
+                    sha256="56285ddd",
+                    alternatives=("speech_tokenizer_v1_25hz.onnx", "speech_tokenizer_v1.pt"),
+                ),
+                {"version": "v1", "rate": 25},
+                25,
+                "4,096",
+            ),
+            (
+                "v2",
+                File(
+                    name="speech_tokenizer_v2.onnx",
+                    repo="FunAudioLLM/CosyVoice2-0.5B",
+                    sha256="d43342aa",
+                    alternatives=("speech_tokenizer_v2.pt",),
+                ),
+                {"version": "v2"},
+                25,
+                "6,561",
+            ),
+            (
+                "v3",
+                File(
+                    name="speech_tokenizer_v3.onnx",
+                    repo="FunAudioLLM/Fun-CosyVoice3-0.5B-2512",
+                    sha256="23236a74",
+                    alternatives=("speech_tokenizer_v3.pt",),
+                ),
+                {"version": "v3"},
+                25,
+                "6,561",
+            ),
+        )
+    },
     "cvivit/mini": _mini("cvivit", "video", "cvivit/mini", "C-ViViT, causal in time, 64x64"),
     "cvivit/obvious": Entry(
         system="cvivit",
