@@ -12,5 +12,7 @@ def sample(name: str) -> Path:
     """
     folder = Path(str(resources.files(__name__))) / "samples"
     if not (folder / name).is_file():
-        raise FileNotFoundError(f"no sample {name!r}; there are {', '.join(sorted(p.name for p in folder.iterdir()))}")
+        raise FileNotFoundError(
+            f"no sample {name!r}; there are {', '.join(sorted(p.name for p in folder.iterdir()))}"
+        )
     return folder / name
