@@ -328,10 +328,14 @@ class AnyToAny:
                 f"{' and '.join(plan or ['an answer'])} takes at least, only {max(room, 0)} fit"
             )
         bos = torch.tensor([self.interleaver.vocabulary.special(BOS)])
-        given = {"ids": prompt.ids}
-        if prompt.stacked is not None:
-            given = {"embeddings": self._embedded(prompt)}
-        return Request(**given, null_ids=bos, state=grammar.start(plan), max_tokens=room)
+        stacked = prompt.stacked is not None
+        return Request(
+            ids=None if stacked else prompt.ids,
+            embeddings=self._embedded(prompt) if stacked else None,
+            null_ids=bos,
+            state=grammar.start(plan),
+            max_tokens=room,
+        )
 
     @torch.inference_mode()
     def _embedded(self, prompt: Packed) -> Tensor:
