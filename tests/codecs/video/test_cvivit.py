@@ -260,6 +260,16 @@ def test_memory_is_flat_with_a_window():
     assert all(layer.keys.shape[2] == 3 for layer in state.layers)
 
 
+def test_memory_without_a_window_is_what_it_says():
+    codec = tiny()
+    encoder, decoder = codec.encoder_state(), codec.decoder_state()
+    codes = codec.encode_chunk(torch.rand(1, 7, 3, 16, 24), encoder)
+    codec.decode_chunk(codes, decoder)
+    layers = [*encoder.layers, *decoder.layers]
+    held = sum(t.numel() * 4 for layer in layers for t in (layer.keys, layer.values))
+    assert held == 4 * codec.bytes_per_latent_frame
+
+
 def test_batch_equals_single():
     codec = tiny()
     clips = [film(5, seed=1), film(9, seed=2), film(5, seed=3)]
