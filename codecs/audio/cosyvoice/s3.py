@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 RATE, HOP = 16_000, 160  # samples a second, samples a mel frame
 SHORTEST = 201  # samples: the log-mel reflects half a window at either end
 WINDOW, OVERLAP = 3000, 400  # mel frames: 30 s and 4 s
+PADDING = 1.15  # a batch's longest to its shortest: time on a CPU goes with padded length
 MEMORY = 31  # tokens that the FSMN's kernel spans
 # tanh times this; the published constant is 0.999 in float32, written out.
 BOUND = 0.9990000128746033
@@ -232,12 +233,15 @@ class S3Tokenizer(Codec):
         return self._windows(mel, mel.frames)
 
     def _tokenize_rows(self, mels: list[Tensor]) -> list[Tensor]:
-        """Log-mels [M, T_i] to ids [T'_i] on the CPU."""
-        x = pad_sequence([mel.T for mel in mels], batch_first=True).mT
-        frames = [mel.shape[1] for mel in mels]
-        n = None if len(set(frames)) == 1 else torch.tensor(frames, device=self.device)
-        ids = self.tokenize(x.to(self.device, self.dtype), n)
-        return [row[: self.tokens(t)].cpu() for row, t in zip(ids, frames)]
+        """Log-mels [M, T_i] to ids [T'_i] on the CPU, neighbours of about one length in a pass."""
+        ids: list[Tensor] = []
+        while group := alike(mels[len(ids) :]):
+            x = pad_sequence([mel.T for mel in group], batch_first=True).mT
+            frames = [mel.shape[1] for mel in group]
+            n = None if len(set(frames)) == 1 else torch.tensor(frames, device=self.device)
+            rows = self.tokenize(x.to(self.device, self.dtype), n)
+            ids += [row[: self.tokens(t)].cpu() for row, t in zip(rows, frames)]
+        return ids
 
     def _windows(self, mel: Tensor | LongMel, frames: int) -> Tensor:
         """A log-mel of more than 30 s, sliced by `mel[:, start:stop]`, to ids [T']."""
@@ -247,6 +251,17 @@ class S3Tokenizer(Codec):
             windows = [mel[:, start : min(start + WINDOW, frames)] for start in group]
             kept += self._tokenize_rows(windows)
         return join_windows(kept, self.config.rate * OVERLAP * HOP // RATE // 2)
+
+
+def alike(mels: Sequence[Tensor]) -> list[Tensor]:
+    """The first of `mels` [M, T_i] and those right after it that hardly need padding beside it."""
+    group: list[Tensor] = []
+    for mel in mels:
+        lengths = [mel.shape[1], *(m.shape[1] for m in group)]
+        if max(lengths) > PADDING * min(lengths) + 50:
+            break
+        group.append(mel)
+    return group
 
 
 def window_starts(frames: int) -> list[int]:

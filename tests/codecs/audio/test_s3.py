@@ -23,6 +23,7 @@ from anytok.codecs.audio.cosyvoice.s3 import (
     Rounding,
     S3Config,
     S3Tokenizer,
+    alike,
     infer_config,
     join_windows,
     window_starts,
@@ -236,7 +237,15 @@ def test_odd_sounds_are_coded(tiny, samples):
     assert len(stream) == max(1, math.ceil(samples.shape[1] // HOP * tiny.config.rate / 100))
 
 
-def test_bad_input(tiny, tmp_path):
+def test_passes_hold_sounds_of_about_one_length():
+    mels = [torch.zeros(2, frames) for frames in (100, 120, 160, 900, 1000, 3000)]
+    groups = []
+    while group := alike(mels[sum(map(len, groups)) :]):
+        groups.append([mel.shape[1] for mel in group])
+    assert groups == [[100, 120, 160], [900, 1000], [3000]]
+
+
+def test_bad_input(tiny):
     nan = torch.zeros(1, 1000)
     nan[0, 7] = math.nan
     with pytest.raises(ValueError, match="not finite at sample 7"):
