@@ -117,7 +117,7 @@ def figure(sound: Audio, codes: list[Callable[[Audio], Coded]], path: str) -> No
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--codec", default="rvq/mini")
     parser.add_argument("--items", type=int, default=40)

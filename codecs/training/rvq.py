@@ -1,11 +1,12 @@
 """Training a DAC (the losses of arXiv 2306.06546 §3, at the size that a CPU affords).
 
-    loss = 15 mel + 15 stft + 0.25 commitment + 1 codebook  (+ 1 adversarial + 2 feature matching, once they begin)
+    loss = 15 mel + 15 stft + 0.25 commitment  (+ 1 adversarial + 2 feature matching, once they begin)
 
 - The untrained network is a transform codec (`lapped_start`), which keeps phase from the first step on.
 - Each stage starts from what its inputs look like: a PCA projection of the residual, and the centroids of its
-  directions. Dead rows are replaced by vectors of recent batches. Both keep the codebooks in use, which gradient steps
-  alone do not.
+  directions. From then on a row follows the mean of what it codes (a moving average, as in VQ-VAE): in a short run
+  the encoder moves faster than gradient steps could carry the codebooks along. Dead rows are replaced by vectors of
+  recent batches.
 - The published loss has no term that sees phase before the discriminators do. `stft` compares complex spectra, so
   that a few minutes of training give a waveform and not only a spectrogram.
 - Quantiser dropout as published: half of a batch keeps a random number of stages.
@@ -55,7 +56,9 @@ class RVQLoss:
         plain_steps: steps without quantiser, before its stages get their start values.
         dropout: share of a batch that keeps a random number of stages.
         restart_every: steps between restarts of dead rows.
-        mel, stft, commitment, codebook: weights of the losses.
+        encoder_lr: what it is multiplied with for the encoder.
+        decay: of the codebooks' moving averages.
+        mel, stft, commitment: weights of the losses.
         adversarial, feature: weights of the discriminators' losses.
         discriminators_from: the step at which discriminators begin; None for never.
         discriminator_width: channels of theirs.
@@ -65,6 +68,8 @@ class RVQLoss:
     seconds: float = 0.48
     lr: float = 3e-4
     gain_lr: float = 2.0
+    encoder_lr: float = 0.3
+    decay: float = 0.98
     start: str = "transform"
     plain_steps: int = 0
     dropout: float = 0.5
@@ -72,7 +77,6 @@ class RVQLoss:
     mel: float = 15.0
     stft: float = 15.0
     commitment: float = 0.25
-    codebook: float = 1.0
     adversarial: float = 1.0
     feature: float = 2.0
     discriminators_from: int | None = None
@@ -87,17 +91,30 @@ class RVQLoss:
 class Trainee(nn.Module):
     """A DAC with what only its training knows: how often each code is used, and recent inputs of each stage.
 
-    Buffers: `usage` [N, V], a moving average of counts a batch; `recent` [N, R, d].
+    Buffers: `usage` [N, V] and `sums` [N, V, d], moving averages of how often a row is hit in a batch and of the sum of
+    what hits it; `recent` [N, R, d].
     """
 
-    def __init__(self, config: DACConfig, *, start: str = "transform", remembered: int = 4096):
+    def __init__(
+        self,
+        config: DACConfig,
+        *,
+        start: str = "transform",
+        decay: float = 0.98,
+        remembered: int = 4096,
+    ):
         super().__init__()
+        self.decay = decay
         self.codec = DAC(config)
         if start == "transform":
             start_as_transform(self.codec)
         train_with_weight_norm(self.codec)
         stages, size, dim = config.codebooks, config.codebook_size, config.codebook_dim
-        self.register_buffer("usage", torch.ones(stages, size))
+        self.register_buffer("usage", torch.full((stages, size), 0.2))
+        self.register_buffer("sums", torch.zeros(stages, size, dim))
+        for stage, sums in zip(self.codec.quantizer.quantizers, self.sums):
+            stage.codebook.weight.requires_grad_(False)
+            sums.copy_(stage.codebook.weight)
         self.register_buffer("recent", torch.zeros(stages, remembered, dim))
 
     def reconstruct(self, x: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
@@ -106,32 +123,37 @@ class Trainee(nn.Module):
         if keep is None:
             y, _ = self.codec.decoder(z)
             zero = x.new_zeros(())
-            return {"y": _fit(y.float(), x), "commitment": zero, "codebook": zero}
+            return {"y": _fit(y.float(), x), "commitment": zero}
         with torch.autocast(x.device.type, enabled=False):
             q = self.codec.quantizer(z.float(), keep)
         if self.training and torch.is_grad_enabled():
             self.remember(q.codes, q.latents)
         y, _ = self.codec.decoder(q.z)
-        return {"y": _fit(y.float(), x), "commitment": q.commitment, "codebook": q.codebook}
+        return {"y": _fit(y.float(), x), "commitment": q.commitment}
 
     @torch.no_grad()
     def remember(self, codes: Tensor, latents: Tensor) -> None:
-        """Count codes [B, N, T], and keep the newest inputs [B, N·d, T] of each stage."""
+        """Move the rows to codes [B, N, T] and inputs [B, N·d, T] of a batch, and keep its newest inputs."""
         stages, size = self.usage.shape
         new = latents.detach().unflatten(1, (stages, -1)).permute(1, 0, 3, 2).flatten(1, 2)
         self.recent.copy_(torch.cat([new, self.recent], 1)[:, : self.recent.shape[1]])
-        for i in range(stages):
-            counts = torch.bincount(codes[:, i].flatten(), minlength=size).to(self.usage.dtype)
-            self.usage[i].mul_(0.99).add_(counts, alpha=0.01)
+        for i, stage in enumerate(self.codec.quantizer.quantizers):
+            hit = codes[:, i].flatten()
+            counts = torch.bincount(hit, minlength=size).to(self.usage.dtype)
+            sums = torch.zeros_like(self.sums[i]).index_add_(0, hit, new[i])
+            self.usage[i].lerp_(_summed(counts), 1 - self.decay)
+            self.sums[i].lerp_(_summed(sums), 1 - self.decay)
+            stage.codebook.weight.copy_(self.sums[i] / self.usage[i, :, None].clamp(min=1e-6))
 
     @torch.no_grad()
     def start_quantiser(self, x: Tensor, rng: torch.Generator) -> None:
         """Give every stage a projection and a codebook that fit the latents of x [B, 1, L]."""
         z, _ = self.codec.encoder(x)
         residual = z.float()
-        for stage in self.codec.quantizer.quantizers:
+        for i, stage in enumerate(self.codec.quantizer.quantizers):
             fit_stage(stage, residual, rng)
             residual = residual - stage(residual)[0]
+            self.sums[i].copy_(stage.codebook.weight * self.usage[i, :, None])
 
     @torch.no_grad()
     def restart_dead(self, rng: torch.Generator) -> int:
@@ -143,6 +165,7 @@ class Trainee(nn.Module):
             weight = torch.where(dead[i][:, None], rows[pick], stage.codebook.weight)
             stage.codebook.weight.copy_(_from_first(weight))
             self.usage[i][dead[i]] = self.usage[i].mean()
+            self.sums[i].copy_(stage.codebook.weight * self.usage[i, :, None])
         return int(dead.sum())
 
     def perplexity(self) -> Tensor:
@@ -152,7 +175,7 @@ class Trainee(nn.Module):
 
 
 @torch.no_grad()
-def fit_stage(stage: ProjectedVQ, residual: Tensor, rng: torch.Generator, rounds: int = 12) -> None:
+def fit_stage(stage: ProjectedVQ, residual: Tensor, rng: torch.Generator, rounds: int = 8) -> None:
     """Start a stage from its inputs [B, D, T]: PCA down and up, and k-means rows.
 
     The lookup compares directions only. So d - 1 coordinates are principal components and the last one is a
@@ -227,7 +250,8 @@ class RVQTask(Task):
 
     def networks(self) -> dict[str, nn.Module]:
         """The trainee, and the filter banks of the losses, which learn nothing."""
-        trainee = Trainee(self.model, start=self.loss.start)
+        trainee = Trainee(self.model, start=self.loss.start, decay=self.loss.decay)
+        self._slow = {id(p) for p in trainee.codec.encoder.parameters()}
         if self.loss.compile_snake:
             compile_snake(trainee)
         spectral = nn.ModuleDict(
@@ -249,11 +273,13 @@ class RVQTask(Task):
         The transform that training starts from rests on few large weights, which small steps of many small ones
         would drown; what begins quiet has to grow all the same.
         """
-        gains = [p for p in parameters if p.numel() == max(p.shape)]
-        rest = [p for p in parameters if p.numel() != max(p.shape)]
-        lr = self.loss.lr
-        groups = [{"params": gains, "lr": self.loss.gain_lr * lr}, {"params": rest, "lr": lr}]
-        return torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for p in parameters:
+            rate = self.loss.gain_lr if p.numel() == max(p.shape) else 1.0
+            rate *= self.loss.encoder_lr if name == "codec" and id(p) in self._slow else 1.0
+            groups.setdefault(rate * self.loss.lr, []).append(p)
+        table = [{"params": members, "lr": lr} for lr, members in groups.items()]
+        return torch.optim.AdamW(table, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
 
     def dataset(self) -> Sounds:
         """Training crops."""
@@ -281,8 +307,8 @@ class RVQTask(Task):
             mel = networks["spectral"]["mel"](out["y"], batch)
             stft = networks["spectral"]["stft"](out["y"], batch)
         loss = weights.mel * mel + weights.stft * stft
-        loss = loss + weights.commitment * out["commitment"] + weights.codebook * out["codebook"]
-        logged |= {k: out[k] for k in ("commitment", "codebook")}
+        loss = loss + weights.commitment * out["commitment"]
+        logged["commitment"] = out["commitment"]
         if "discriminators" in networks and self.active("discriminators", step):
             judge = networks["discriminators"]
             with torch.no_grad():
@@ -344,7 +370,7 @@ class RVQTask(Task):
     def _more(self, batch: int, rng: torch.Generator, like: Tensor) -> list[Tensor]:
         """More training crops, enough to start the codebooks from."""
         frames = self.length // self.model.hop
-        count = 12 * self.model.codebook_size // (batch * frames)
+        count = 6 * self.model.codebook_size // (batch * frames)
         pick = torch.randint(len(self._train), (count * batch,), generator=rng, device=rng.device)
         crops = torch.stack([self._train[int(i)] for i in pick]).to(like)
         return list(vary(crops, self.length, rng).split(batch))
@@ -362,6 +388,14 @@ def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
     else:
         layer.weight.copy_(weight)  # type: ignore[operator]
     layer.bias.copy_(bias)  # type: ignore[operator]
+
+
+def _summed(counts: Tensor) -> Tensor:
+    """The mean over processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+        counts = counts / dist.get_world_size()
+    return counts
 
 
 def _from_first(tensor: Tensor) -> Tensor:
