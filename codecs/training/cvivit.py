@@ -150,7 +150,9 @@ class CViViTTask(Task):
         """Reconstruction and quantiser."""
         codec, t = networks["codec"], self.loss
         learns = t.encoder_from is not None and step >= t.encoder_from
-        with torch.set_grad_enabled(learns):
+        # In half precision the nearest code is another one for every tenth vector: the decoder would learn those.
+        exact = torch.autocast(batch.device.type, enabled=False)
+        with torch.set_grad_enabled(learns), exact:
             quantised, codes, inner = codec.vq(codec.encode_latents(batch))
         y = codec.decode_latents(quantised)
         mse = nnf.mse_loss(y.float(), batch)
