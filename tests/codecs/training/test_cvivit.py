@@ -148,6 +148,18 @@ def test_encoder_learns_only_where_it_should(folder, encoder_from):
     assert codec.to_pixels[0].weight.grad.any()
 
 
+def test_half_precision_trains_on_the_codes_that_inference_uses(folder):
+    task, codec = CViViTTask(config(folder, encoder_from=None)), started()
+    batch = smooth_clips(12, seed=3).float() / 255
+    seen = []
+    codec.vq.register_forward_hook(lambda module, given, result: seen.append(result[1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        task.losses("codec", {"codec": codec}, batch, 0, torch.Generator())
+    with torch.no_grad():
+        exact = codec.vq(codec.encode_latents(batch))[1]
+    assert torch.equal(seen[0], exact)
+
+
 def test_lfq_is_trained_by_entropies():
     codec = CViViT(CViViTConfig(**{**MODEL, "quantizer": "lfq"}))
     _, codes, inner = codec(torch.rand(1, 3, 3, 16, 16))
