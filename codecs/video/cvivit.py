@@ -168,7 +168,11 @@ class State:
 
 
 class CViViT(Codec):
-    """The codec. Pixels are in 0...1 on the way in; `detokenize` is unbounded, `decode` clamps."""
+    """The codec. Pixels are in 0...1 on the way in; `detokenize` is unbounded, `decode` clamps.
+
+    Encode in float32: in bfloat16 the mini's nearest code is another one for 14 % of drawn and 52 % of filmed tubes,
+    which costs up to 4 dB. Decoding bears half precision.
+    """
 
     system = "cvivit"
     config: CViViTConfig
