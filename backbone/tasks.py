@@ -174,7 +174,8 @@ class PairsTask(Task):
                 batch = self.collate(sequences)
                 device = next(networks["backbone"].parameters()).device
                 batch = {k: v.to(device) for k, v in batch.items()}
-                measures[pair.name] = float(written_loss(networks["backbone"], batch)["loss"])
+                loss = written_loss(networks["backbone"], batch)["loss"]
+                measures[pair.name] = float(loss.detach())
         return measures
 
     def export(self, networks: Mapping[str, nn.Module], path: Path) -> None:

@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from anytok.codecs import load_codec
 from anytok.generators.pipeline import AnyToAny
 from anytok.generators.sampling import Sampling
 from anytok.judges.image import PictureJudge, ranks, recall, thumbnails
@@ -130,13 +131,15 @@ def main(
     temperature: Annotated[float | None, typer.Option()] = None,
     top_k: Annotated[int, typer.Option()] = 0,
     units: Annotated[int | None, typer.Option(help="image tokens to write")] = None,
+    codec: Annotated[Path | None, typer.Option(help="file of the picture codec")] = None,
     unseen: Annotated[int, typer.Option(help="pictures of the unseen style")] = 300,
     only: Annotated[str, typer.Option(help="text, image or both")] = "both",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure a text <-> image model over named emoji."""
     began = time.time()
-    machine = AnyToAny.load(model)
+    codecs = {} if codec is None else {"image": load_codec(codec)}
+    machine = AnyToAny.load(model, codecs=codecs)
     rows = [json.loads(line) for line in (data / "data.jsonl").read_text().splitlines()]
     result: dict[str, object] = {}
     if only in ("text", "both"):
