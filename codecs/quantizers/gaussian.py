@@ -73,7 +73,10 @@ class GaussianQuantizer(nn.Module):
         super().__init__()
         self.config = config or GaussianConfig()
         low, high = self.config.low, self.config.high
-        levels = gaussian_levels(self.config.bits)
+        with torch.device(
+            "cpu"
+        ):  # a table, not a weight: it has values also where modules are made without memory
+            levels = gaussian_levels(self.config.bits)
         values = (levels + REACH) / (2 * REACH) * (high - low) + low
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("values", values, persistent=False)
