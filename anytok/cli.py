@@ -54,6 +54,9 @@ CodecName = Annotated[
         "--codec", "-c", help="Codec name (see `anytok codecs`); default: the medium's mini."
     ),
 ]
+SoundCodec = Annotated[
+    str, typer.Option("--sound", help="Codec of a video's sound; 'none' leaves the sound out.")
+]
 WeightsPath = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
@@ -140,6 +143,7 @@ def encode(
     file: Annotated[Path, typer.Argument(help="Picture, sound, video, shape or text.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .tok file to write.")],
     codec: CodecName = None,
+    sound: SoundCodec = "rvq/mini",
     path: WeightsPath = None,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.float32,
@@ -153,8 +157,8 @@ def encode(
     with _errors():
         medium = modalities.load(file)
         used = _load(codec or DEFAULT_CODECS[medium.modality], path, device, dtype)
-        has_sound = getattr(medium, "audio", None) is not None
-        sound_codec = _load(DEFAULT_CODECS["audio"], None, device, dtype) if has_sound else None
+        has_sound = getattr(medium, "audio", None) is not None and sound != "none"
+        sound_codec = _load(sound, None, device, dtype) if has_sound else None
         coded = encode_medium(medium, used, sound_codec)
         coded.stream.save(output)
         if coded.sound is not None:
@@ -250,6 +254,7 @@ def roundtrip(
     folder: Annotated[
         Path, typer.Option("--out", help="Where reconstructions and the contact sheet go.")
     ] = Path("out"),
+    sound: SoundCodec = "rvq/mini",
     path: WeightsPath = None,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.float32,
@@ -272,8 +277,7 @@ def roundtrip(
         for file in track(files, "coding", console=err, disable=as_json):
             modality = modalities.medium_of(file).modality
             used = get(codec or DEFAULT_CODECS[modality], path)
-            sound = get(DEFAULT_CODECS["audio"]) if modality == "video" else None
-            made = list(run(file, used, sound))
+            made = list(run(file, used, None if sound == "none" else lambda: get(sound)))
             rows += [row for row, _ in made]
             modalities.save(
                 made[-1][1],

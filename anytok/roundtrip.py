@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,10 +79,15 @@ def title_of(stream: TokenStream) -> str:
 
 
 def roundtrip(
-    path: Path, codec: Codec, sound_codec: Codec | None = None
+    path: Path, codec: Codec, sound: Callable[[], Codec] | None = None
 ) -> Iterator[tuple[Row, Media]]:
-    """Code one file at a few lengths; yields a row with its figures, and what came back."""
+    """Code one file at a few lengths; yields a row with its figures, and what came back.
+
+    `sound` loads the codec of a video's sound, and is called only where there is some; None leaves the sound out.
+    """
     source = modalities.load(path)
+    has_sound = isinstance(source, Video) and source.audio is not None
+    sound_codec = sound() if has_sound and sound is not None else None
     start = time.perf_counter()
     coded = encode(source, codec, sound_codec)
     encode_seconds = time.perf_counter() - start

@@ -62,8 +62,7 @@ def round_trips(folder: Path) -> list[report.Row]:
         except CodecUnavailable as error:
             console.print(f"[yellow]{path.name}: {error}")
             continue
-        sound = load_codec(DEFAULT_CODECS["audio"]) if modality == "video" else None
-        for row, result in roundtrip(path, codec, sound):
+        for row, result in roundtrip(path, codec, lambda: load_codec(DEFAULT_CODECS["audio"])):
             rows.append(row)
             last = result
         modalities.save(last, folder / f"{path.stem}{SUFFIXES[modality]}")
@@ -79,7 +78,11 @@ def any_to_any(folder: Path) -> list[report.Row]:
         return []
     rows = []
     # A direction that does not reach its floor is not offered (README): the model then has no such pair.
-    drawn = model([Text(p) for p in PROMPTS], to="image") if ("text", "image") in model.model.pairs else []
+    drawn = (
+        model([Text(p) for p in PROMPTS], to="image")
+        if ("text", "image") in model.model.pairs
+        else []
+    )
     for answer, prompt in zip(drawn, PROMPTS):
         answer.items[-1].save(folder / f"{prompt.replace(' ', '-')}.png")
         values = {"seconds": sum(answer.seconds.values()) / len(PROMPTS)}
