@@ -131,9 +131,8 @@ def override(
         section = {**config.get("data", {}), "root": data}
         sets = section.get("sets", ())
         if sets and not any((Path(data) / name).is_dir() for name in sets):
-            # the lists of a config name its own data sets, which this folder does not have
-            section = {k: v for k, v in section.items() if not isinstance(v, list)}
-            section["sets"] = ["."]
+            # what else stands there is about the config's own data sets, which this folder does not have
+            section = {"root": data, "sets": ["."]}
         config["data"] = section
     return config
 

@@ -49,9 +49,9 @@ class DataConfig:
 
     root: str = "data"
     sets: tuple[str, ...] = ("emoji",)
-    photos: tuple[str, ...] = ("photos",)
+    photos: tuple[str, ...] = ()
     basis: int = 32_768
-    unseen: int = 150
+    unseen: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
