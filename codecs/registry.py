@@ -59,6 +59,7 @@ SYSTEMS: dict[str, str] = {
     "llamagen": "image.llamagen",
     "rqvae": "image.rqvae",
     "dac": "audio.dac",
+    "rvq": "audio.rvq_mini",
     "cosyvoice-s3": "audio.cosyvoice.s3",
     "encodec": "audio.encodec",
     "cvivit": "video.cvivit",
@@ -326,7 +327,9 @@ CODECS: dict[str, Entry] = {
             ),
         )
     },
-    "rvq/mini": _mini("dac", "audio", "rvq/mini", "DAC-family residual VQ, 16 kHz speech"),
+    "rvq/mini": _mini(
+        "rvq", "audio", "rvq/mini", "16 kHz speech, 1-12 residual codes at 50 Hz, 0.5-6 kbit/s"
+    ),
     **{
         f"cosyvoice/s3-{variant}": Entry(
             system="cosyvoice-s3",

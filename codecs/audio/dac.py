@@ -16,7 +16,7 @@ Letters: B batch, L samples, T frames, D latent width, N codebooks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING
@@ -26,8 +26,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...modalities.audio import Audio
-from ..codec import Codec, CodecSpec, Rng
 from ..layers.conv import (
     Chain,
     Conv1d,
@@ -36,23 +34,10 @@ from ..layers.conv import (
     Snake,
     fuse_weight_norm,
 )
-from ..layout import Frames
 from ..published import Weights, WeightsError, load_into
 from ..quantizers.rvq import ResidualVQ
-from ..stream import TokenStream
-from .waveform import (
-    AudioOptions,
-    DecoderStream,
-    EncoderStream,
-    channels_of,
-    deinterleave,
-    in_batches,
-    interleave,
-    rows_of,
-    source_meta,
-    source_sound,
-)
-from .windows import Windowed, reach
+from .residual import ResidualCodec, residual_spec
+from .windows import reach
 
 if TYPE_CHECKING:
     from ..registry import Entry
@@ -95,7 +80,7 @@ class DACConfig:
         return prod(self.encoder_rates)
 
 
-class DAC(Codec):
+class DAC(ResidualCodec):
     """Sound to N codes a frame and back."""
 
     system = "dac"
@@ -114,19 +99,7 @@ class DAC(Codec):
             c.latent_dim, stages=c.codebooks, size=c.codebook_size, dim=c.codebook_dim
         )
         self.decoder = Decoder(c)
-        self.spec = CodecSpec(
-            name=name,
-            modality="audio",
-            vocab=((c.codebook_size,) * c.codebooks,),
-            layout=Frames(),
-            compose="sum",
-            depth_prefix=True,
-            streaming=True,
-            rate=c.sample_rate / c.hop,
-            size=(c.sample_rate,),
-            code_licence=licences[0],
-            weights_licence=licences[1],
-        )
+        self.spec = residual_spec(config, name, licences)
 
     @classmethod
     def from_published(
@@ -153,95 +126,20 @@ class DAC(Codec):
         load_into(codec, tensors, source=source)
         return codec.eval()
 
-    @torch.no_grad()
-    def encode(
-        self,
-        media: Sequence[Audio],
-        *,
-        options: AudioOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[TokenStream]:
-        """Sounds to streams of T = ⌈samples / hop⌉ frames (times the channels, where each is coded).
-
-        Raises:
-            ValueError: an empty sound, NaN or infinite samples, or a depth that the codec does not have.
-        """
-        options = options or AudioOptions()
-        depth = self._depth(options.depth)
-        groups = [rows_of(item, self.config.sample_rate, options) for item in media]
-        rows = [row for group in groups for row in group]
-        codes = iter(in_batches(rows, self._encode_rows, self._encode_long, self._window(1)))
-        streams = []
-        for item, group in zip(media, groups):
-            table = interleave(torch.stack([next(codes)[:, :depth].T for _ in group]))
-            meta = source_meta(item, len(group))
-            streams.append(self.stream(table, grid=(len(table),), meta=meta))
-        return streams
-
-    @torch.no_grad()
-    def decode(
-        self,
-        streams: Sequence[TokenStream],
-        *,
-        options: None = None,
-        rng: Rng | None = None,
-    ) -> list[Audio]:
-        """Streams of any depth to sounds of the source's rate and length.
-
-        Without a source (a generated stream) the sound has the codec's rate and T · hop samples. Mixed channels
-        stay mixed.
-        """
-        for stream in streams:
-            self.check(stream)
-        groups = [deinterleave(stream.codes, channels_of(stream)) for stream in streams]
-        rows = [rearrange(row, "n t -> t n") for group in groups for row in group]
-        c = self.config
-        waves = iter(in_batches(rows, self._decode_rows, self._decode_long, self._window(c.hop)))
-        sounds = []
-        for stream, group in zip(streams, groups):
-            samples = torch.stack([next(waves) for _ in group])
-            whole = group.shape[-1] * c.hop
-            sounds.append(source_sound(samples, stream.meta, c.sample_rate, whole))
-        return sounds
-
     def tokenize(self, x: Tensor, depth: int | None = None) -> Tensor:
         """Samples [B, 1, L] to codes [B, n, T], T = ⌈L / hop⌉; n = `depth`, or all N."""
         latents, _ = self.encoder(self.pad(x))
-        return self.quantizer.encode(latents, self._depth(depth))
+        return self.quantizer.encode(latents, self.depth(depth))
 
     def detokenize(self, codes: Tensor) -> Tensor:
         """Codes [B, n, T] of any depth n to samples [B, 1, L'] in [-1, 1]; L' = T · hop less what odd strides lose."""
         return self.decoder(self.quantizer.decode(codes))[0]
 
-    def pad(self, x: Tensor) -> Tensor:
-        """Zeros on the right of [..., L] up to whole frames."""
-        return F.pad(x, (0, -x.shape[-1] % self.config.hop))
-
     def code_vectors(self, part: int = 0, depth: int = 0) -> Tensor:
         """The projected codebook rows [V, D] of a depth; a frame's latent is their sum over depths."""
         return self.quantizer.vectors(depth)
 
-    def encoder_stream(self, options: AudioOptions | None = None) -> EncoderStream:
-        """`push(Audio)` pieces of one sound, then `finish()`: streams that joined equal `encode` of the whole."""
-        options = options or AudioOptions()
-        self._depth(options.depth)
-        return EncoderStream(self, self._encoder_windows(), options)
-
-    def decoder_stream(self) -> DecoderStream:
-        """`push(stream)` pieces of one sound, then `finish()`: sounds that joined equal `decode` of the whole."""
-        return DecoderStream(self, self._decoder_windows())
-
-    def _depth(self, depth: int | None) -> int:
-        most = self.config.codebooks
-        if depth is not None and not 1 <= depth <= most:
-            raise ValueError(f"depth is {depth}, '{self.spec.name}' has 1 to {most}")
-        return depth or most
-
-    def _window(self, unit: int) -> int:
-        """Longest row, in `unit` samples, that goes through the network at once: 20 s."""
-        return 20 * self.config.sample_rate // unit
-
-    def _encode_rows(self, rows: list[Tensor]) -> list[Tensor]:
+    def encode_rows(self, rows: list[Tensor]) -> list[Tensor]:
         """Samples [L_i] to codes [T_i, N], in one batch."""
         hop = self.config.hop
         frames = [ceil(len(row) / hop) for row in rows]
@@ -251,7 +149,7 @@ class DAC(Codec):
         codes = self.quantizer.encode(latents)
         return [rearrange(c[:, :t], "n t -> t n").cpu() for c, t in zip(codes, frames)]
 
-    def _decode_rows(self, rows: list[Tensor]) -> list[Tensor]:
+    def decode_rows(self, rows: list[Tensor]) -> list[Tensor]:
         """Codes [T_i, n_i] to samples [L_i], in one batch."""
         latents = [
             self.quantizer.decode(rearrange(row, "t n -> 1 n t").to(self.device))[0] for row in rows
@@ -263,37 +161,11 @@ class DAC(Codec):
         ends = [None] * len(rows) if n is None else n.tolist()
         return [wave[0, :end].float().cpu() for wave, end in zip(x, ends)]
 
-    def _encode_long(self, row: Tensor) -> Tensor:
-        windows = self._encoder_windows()
-        pieces = [p for block in row[None].split(self._window(1), 1) for p in windows.push(block)]
-        return rearrange(torch.cat([*pieces, windows.finish()], -1), "1 n t -> t n")
-
-    def _decode_long(self, row: Tensor) -> Tensor:
-        windows = self._decoder_windows()
-        codes = rearrange(row, "t n -> 1 n t")
-        blocks = codes.split(self._window(self.config.hop), -1)
-        pieces = [p for block in blocks for p in windows.push(block)]
-        return torch.cat([*pieces, windows.finish()], -1)[0]
-
-    def _encoder_windows(self) -> Windowed:
-        """Samples [C, L] to codes [C, N, T]."""
+    def margins(self) -> tuple[int, int]:
+        """How many frames to either side a code, and a sample, depends on."""
         hop = self.config.hop
-
-        def fn(x: Tensor) -> Tensor:
-            return self.tokenize(x[:, None].to(self.device, self.dtype)).cpu()
-
-        margin = ceil(reach(self.encoder, 1) / hop) + 1
-        return Windowed(fn, unit_in=hop, unit_out=1, margin=margin, step=self._window(hop) // 2)
-
-    def _decoder_windows(self) -> Windowed:
-        """Codes [C, n, T] to samples [C, L]."""
-        hop = self.config.hop
-
-        def fn(codes: Tensor) -> Tensor:
-            return self.detokenize(codes.to(self.device))[:, 0].float().cpu()
-
-        margin = ceil(reach(self.decoder, hop) / hop) + 1
-        return Windowed(fn, unit_in=1, unit_out=hop, margin=margin, step=self._window(hop) // 2)
+        encoder, decoder = reach(self.encoder, 1), reach(self.decoder, hop)
+        return ceil(encoder / hop) + 1, ceil(decoder / hop) + 1
 
 
 class Encoder(nn.Module):

@@ -1,0 +1,46 @@
+"""Tables of numbers in 8 bits, and the nearest row of one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Table(nn.Module):
+    """int8 numbers [..., V, d] with a scale for each of the last axis (and of every leading one)."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("values", torch.zeros(shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(*shape[:-2], 1, shape[-1]))
+
+    def store(self, numbers: Tensor, index: int) -> None:
+        """Round `numbers` [V, d] into entry `index`; the largest magnitude of a column becomes 127."""
+        scale = numbers.abs().amax(-2, keepdim=True).clamp_min(1e-3) / 127
+        self.scale[index] = (
+            scale.half().float()
+        )  # as it will be stored, so that saving moves no code
+        self.values[index] = (numbers / self.scale[index]).round().clamp(-127, 127).to(torch.int8)
+
+    def forward(self, index: int) -> Tensor:
+        """Entry `index` in float32."""
+        return self.values[index].float() * self.scale[index].float()
+
+
+def nearest(x: Tensor, table: Tensor, chunk: int = 8192) -> Tensor:
+    """The nearest row of `table` [V, d] for each of x [n, d]: [n]."""
+    half = table.square().sum(1) / 2
+    parts = [torch.addmm(half, part, table.T, alpha=-1).argmin(1) for part in x.split(chunk)]
+    return torch.cat(parts)
+
+
+def kmeans(points: Tensor, count: int, rng: torch.Generator, rounds: int = 10) -> Tensor:
+    """Centroids [count, d] of points [n, d]; one that nothing is near starts again at a random point."""
+    rows = points[torch.randint(len(points), (count,), generator=rng)]
+    for _ in range(rounds):
+        at = nearest(points, rows)
+        sums = torch.zeros_like(rows).index_add_(0, at, points)
+        hits = torch.bincount(at, minlength=count)[:, None]
+        spare = points[torch.randint(len(points), (count,), generator=rng)]
+        rows = torch.where(hits > 0, sums / hits.clamp(min=1), spare)
+    return rows
