@@ -12,7 +12,8 @@ Letters: R rows, N codes, S = N + 1 positions, V codes of the vocabulary, D widt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..codecs.published import WeightsError, load_into
+from ..codecs.published import Weights, WeightsError, load_into
 from .generator import Canvas
+from .maskgit import MaskGIT, Unmasking
+from .published import Row, save_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +299,38 @@ def from_published(
     # Older transformers stored the numbers 0, 1, ... as a buffer.
     load_into(built, state_dict, source=source, ignore=("model.embeddings.position_ids",))
     return built.eval()
+
+
+def build(files: Mapping[str, Weights], row: Row) -> MaskGIT:
+    """The generator of a row: our own files carry the whole config, published ones need their heads."""
+    weights = files["weights"]
+    if weights.config:
+        network = class_network(ClassMaskConfig(**row.config))
+        load_into(network, weights.tensors, source=weights.source)
+    else:
+        network = from_published(weights.tensors, row.config, source=weights.source)
+    return MaskGIT(network, options=Unmasking(**row.options), codec=row.codec)
+
+
+def save(
+    generator: MaskGIT,
+    path: str | Path,
+    *,
+    name: str,
+    dtype: torch.dtype | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a class-conditioned generator as one file, which `load_generator` reads; see `save_generator`."""
+    network = generator.network
+    assert isinstance(network, ClassMasked)
+    row = Row(
+        system="class-maskgit",
+        name=name,
+        codec=generator.codec or "",
+        config=asdict(network.config),
+        options=asdict(generator.options),
+    )
+    save_generator(path, network.state_dict(), row, dtype=dtype, about=about)
 
 
 def infer_config(
