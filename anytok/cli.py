@@ -1,4 +1,4 @@
-"""The command line: `anytok codecs | encode | decode | info | roundtrip | generate | train`.
+"""The command line: `anytok codecs | encode | decode | info | roundtrip | compare | generate | train`.
 
 Exit codes: 0 done, 2 wrong usage, 3 a medium cannot be read or written, 4 a stream is wrong, 5 a codec or its
 weights cannot be had, 6 a model cannot do what was asked. Errors go to stderr, one line each; with `--json` results go
@@ -293,6 +293,81 @@ def roundtrip(
     else:
         out.print(report.table(rows))
         out.print(f"{folder / 'contact_sheet.png'}, {folder / 'report.html'}", highlight=False)
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="A folder of pictures.")],
+    names: Annotated[
+        str, typer.Option("--codecs", "-c", help="Names, parted by commas.")
+    ] = "onedpiece/mini",
+    page: Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.")] = Path(
+        "compare.html"
+    ),
+    size: Annotated[
+        int, typer.Option(min=16, help="Pixels a side at which all are measured.")
+    ] = 256,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Take the first so many pictures."),
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Pictures that the page shows.")] = 6,
+    files: Annotated[bool, typer.Option(help="JPEG, WebP and AVIF at equal bytes.")] = True,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+    as_json: Json = False,
+) -> None:
+    """Compare picture codecs on one page: figures, rate-distortion curves, the pictures themselves."""
+    from . import report
+    from .compare import beside, find_pictures, judged, judges, through_codec
+
+    with _errors():
+        labels, pictures, broken = find_pictures(folder, size, limit)
+        points = []
+        for name in track(names.split(","), "coding", console=err, disable=as_json):
+            codec = _load(name.strip(), None, device, dtype)
+            if codec.spec.modality != "image":
+                raise ValueError(f"'{name}' codes {codec.spec.modality}, expected picture codecs")
+            points += through_codec(codec, pictures)
+        if files:
+            points += beside(
+                points, pictures, lambda x: track(x, "files", console=err, disable=as_json)
+            )
+        judge = judges()
+        known = None if judge.features is None else judge.features(pictures)
+        rows = [
+            judged(point, pictures, known, judge)
+            for point in track(points, "judging", console=err, disable=as_json)
+        ]
+        shown = [
+            report.Row(label, {"source": pictures[i], **{p.name: p.pictures[i] for p in points}})
+            for i, label in enumerate(labels[:show])
+        ]
+        notes = [f"{len(pictures)} pictures of {folder}, {size} x {size}.", *broken, *judge.missing]
+        charts = "".join(report.curves(_series(rows, y), "bytes", y) for y in _measures(rows))
+        page.write_text(
+            report.to_html(rows + shown, "Picture codecs", above=charts, notes=notes),
+            encoding="utf-8",
+        )
+    if as_json:
+        typer.echo(report.to_json(rows))
+        return
+    out.print(report.table(rows))
+    for note in (*broken, *judge.missing):
+        err.print(f"[yellow]{note}")
+    out.print(f"{page}", highlight=False)
+
+
+def _measures(rows) -> list[str]:
+    plotted = ("PSNR, dB", "SSIM", "perceptual", "features, 1 - cosine")
+    return [y for y in plotted if y in rows[0].values]
+
+
+def _series(rows, y: str) -> dict[str, list[tuple[float, float]]]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        series.setdefault(row.values["codec"], []).append((row.values["bytes"], row.values[y]))
+    return series
 
 
 @app.command()

@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -176,7 +177,7 @@ def contact_sheet(rows: Sequence[Row], size: int = CELL) -> Pil.Image:
     """All rows under each other: name and figures at the left, then each cell under its title."""
     pictures = [{title: picture_of(m, size) for title, m in row.cells.items()} for row in rows]
     left, gap = 230, 8
-    heights = [max([70, *(p.height + 18 for p in ps.values())]) + gap for ps in pictures]
+    heights = [max([150, *(p.height + 18 for p in ps.values())]) + gap for ps in pictures]
     widths = [sum(p.width + gap for p in ps.values()) for ps in pictures]
     sheet = Pil.new("RGB", (left + max([0, *widths]) + gap, sum(heights) + gap), PAPER)
     draw, y = ImageDraw.Draw(sheet), gap
@@ -248,8 +249,15 @@ def to_json(rows: Sequence[Row]) -> str:
     return json.dumps([{"name": row.name, **row.values} for row in rows], indent=2)
 
 
-def to_html(rows: Sequence[Row], title: str, size: int = CELL) -> str:
-    """One self-contained page: every cell as an embedded PNG, the figures in a table."""
+def to_html(
+    rows: Sequence[Row], title: str, size: int = CELL, *, above: str = "", notes: Sequence[str] = ()
+) -> str:
+    """One self-contained page: every cell as an embedded PNG, the figures in a table.
+
+    Args:
+        above: HTML that stands before the table, such as `curves`.
+        notes: sentences under the title.
+    """
     columns = titles_of(rows)
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
     body = []
@@ -260,20 +268,70 @@ def to_html(rows: Sequence[Row], title: str, size: int = CELL) -> str:
             f"<figcaption>{html.escape(t)}</figcaption></figure>"
             for t, m in row.cells.items()
         )
-        body.append(
-            f"<tr><th>{html.escape(row.name)}</th>{figures}</tr>"
-            f"<tr><td colspan='{len(columns) + 1}' class='cells'>{cells}</td></tr>"
-        )
+        body.append(f"<tr><th>{html.escape(row.name)}</th>{figures}</tr>")
+        if cells:
+            body.append(f"<tr><td colspan='{len(columns) + 1}' class='cells'>{cells}</td></tr>")
     style = (
         "body{font:15px system-ui;margin:2em;color:#202124}table{border-collapse:collapse}"
         "td,th{padding:4px 10px;text-align:right}th:first-child{text-align:left}"
         ".cells{text-align:left;border-bottom:1px solid #ddd}figure{display:inline-block;margin:4px}"
-        "figcaption{font-size:12px;color:#787c82}"
+        "figcaption{font-size:12px;color:#787c82;max-width:170px}svg{margin:0 2em 1em 0}"
     )
+    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     return (
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"
-        f"<h1>{html.escape(title)}</h1><table><tr><th></th>{head}</tr>{''.join(body)}</table>\n"
+        f"<h1>{html.escape(title)}</h1>{said}{above}<table><tr><th></th>{head}</tr>{''.join(body)}</table>\n"
     )
+
+
+LINES = ("#1a73e8", "#d93025", "#188038", "#f9ab00", "#9334e6", "#12858d", "#80868b", "#b06000")
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x: str,
+    y: str,
+    *,
+    width: int = 460,
+    height: int = 300,
+) -> str:
+    """Lines through points (x > 0 on a logarithmic axis, y), as an SVG element with a legend."""
+    points = [point for line in series.values() for point in line]
+    if not points:
+        return ""
+    left, right = math.log(min(p[0] for p in points)), math.log(max(p[0] for p in points))
+    low, high = min(p[1] for p in points), max(p[1] for p in points)
+    right, high = max(right, left + 1e-9), max(high, low + 1e-9)
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        across = (math.log(point[0]) - left) / (right - left)
+        up = (point[1] - low) / (high - low)
+        return 50 + across * (width - 70), height - 40 - up * (height - 60)
+
+    parts = [
+        f"<svg width='{width}' height='{height + 18 * len(series)}' font-family='system-ui' font-size='11'>"
+    ]
+    parts.append(
+        f"<rect x='50' y='20' width='{width - 70}' height='{height - 60}' fill='none' stroke='#dadce0'/>"
+    )
+    for text, px, py in (
+        (f"{math.exp(left):,.0f}", 50, height - 26),
+        (f"{math.exp(right):,.0f} {x}", width - 90, height - 26),
+        (f"{high:.4g} {y}", 50, 14),
+        (f"{low:.4g}", 4, height - 40),
+    ):
+        parts.append(f"<text x='{px}' y='{py}' fill='#5f6368'>{html.escape(text)}</text>")
+    for i, (name, line) in enumerate(series.items()):
+        colour = LINES[i % len(LINES)]
+        placed = [place(point) for point in sorted(line)]
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in placed)
+        parts.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>")
+        parts += [
+            f"<circle cx='{px:.1f}' cy='{py:.1f}' r='3' fill='{colour}'/>" for px, py in placed
+        ]
+        below = height + 18 * i
+        parts.append(f"<text x='50' y='{below}' fill='{colour}'>{html.escape(name)}</text>")
+    return "".join(parts) + "</svg>"
 
 
 def _data_url(picture: Pil.Image) -> str:
