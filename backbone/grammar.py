@@ -13,6 +13,7 @@ At the level of the document a plan (the modalities to write, in order) or, with
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,8 @@ class Grammar:
     """The automaton of an interleaver.
 
     Args:
-        limits: modality -> the most units (positions of a prefix, frames); the rules' own where not given.
+        limits: modality -> the most units (positions of a prefix, frames, codes of an octree); the rules' own where
+            not given.
     """
 
     def __init__(self, interleaver: Interleaver, *, limits: Mapping[str, int] | None = None):
@@ -165,7 +167,7 @@ def _automaton(rule: Rule, blocks: Sequence[Block], limit: int | None):
     if most is not None and most < 1:
         raise ValueError(f"the limit of {rule.modality} is {most}, expected 1 or more")
     if isinstance(rule.layout, Octree):
-        return _OctreeBlock(rule.layout, blocks)
+        return _OctreeBlock(rule.layout, blocks, most)
     ranges = [(b.start, b.stop) for b in blocks]
     if rule.tables:
         return _FrameBlock(ranges, (rule.unit or 1), most, depth=1)
@@ -235,13 +237,20 @@ class _RunBlock:
 
 
 class _OctreeBlock:
-    """Levels of split bits, then codes, eight bits an id. Inner state: (part, ids left of it, bits set in it).
+    """Levels of split bits, eight an id, then codes. Inner state: (part, ids left of it, bits set in it).
 
-    A level whose bits were all zero would leave nothing to code, so its last id may not be zero then.
+    - A level whose bits were all zero would leave nothing to code, so its last id may not be zero then.
+    - With a limit of codes, the last level of bits has an allowance of set bits; what is above it decides nothing yet,
+      since one bit is enough for any level.
     """
 
-    def __init__(self, layout: Octree, blocks: Sequence[Block]):
+    def __init__(self, layout: Octree, blocks: Sequence[Block], most: int | None = None):
+        if most is not None and most < 8:
+            raise ValueError(
+                f"the limit of codes is {most}, expected 8 or more: siblings go together"
+            )
         self.layout = layout
+        self.bits = None if most is None else most // 8
         self.parts = [[b for b in blocks if b.part == i] for i in range(layout.split_parts + 1)]
         self.first = (0, layout.first_count() // 8, 0)
         # One bit set at each level: a single node's eight children all the way down.
@@ -254,8 +263,11 @@ class _OctreeBlock:
         own = self.parts[part]
         block = own[-left % len(own)]
         split = part < self.layout.split_parts
-        start = block.start + int(split and left == 1 and bits == 0)
-        return ((start, block.stop),), False
+        least = int(split and left == 1 and bits == 0)
+        if self.bits is not None and part == self.layout.split_parts - 1:
+            spans = _few_bits(least, min(8, self.bits - bits))
+            return tuple((block.start + a, block.start + b) for a, b in spans), False
+        return ((block.start + least, block.stop),), False
 
     def advance(self, inner: tuple[int, ...], id: int) -> tuple[int, ...]:
         part, left, bits = inner
@@ -268,3 +280,12 @@ class _OctreeBlock:
         nodes = self.layout.next_count(bits)
         last = part + 1 == self.layout.split_parts
         return (part + 1, nodes * len(self.parts[part + 1]) if last else nodes // 8, 0)
+
+
+@cache
+def _few_bits(least: int, most: int) -> tuple[Range, ...]:
+    """Half-open ranges of the bytes from `least` on with at most `most` bits set."""
+    good = [value >= least and value.bit_count() <= most for value in range(256)]
+    starts = [v for v in range(256) if good[v] and (v == 0 or not good[v - 1])]
+    stops = [v + 1 for v in range(256) if good[v] and (v == 255 or not good[v + 1])]
+    return tuple(zip(starts, stops))

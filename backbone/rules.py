@@ -2,7 +2,8 @@
 
 - "frame": positions in order, all depths of a position together.
 - "depth": all positions of the first depth, then of the second (MIO's equal runs of speech).
-- "octree": bits, eight to an id: eight siblings of a split part, or eight depths of a node's code (OctGPT).
+- "octree": bits, packed: eight siblings of a split part are an id, and a node's code is one id where it has at most
+  twelve bits, else one for each eight (OctGPT).
 
 n positions or ids of a stream, d codes of a position.
 """
@@ -25,6 +26,7 @@ from ..codecs.stream import StreamError, TokenStream
 from .vocabulary import Block
 
 Flatten = Literal["frame", "depth", "octree"]
+ONE_ID = 12  # bits of a node's code that are one id still: 4,096 ids
 LAYOUTS = {"fixed": Fixed, "prefix": Prefix, "grid": Grid, "frames": Frames, "octree": Octree}
 
 
@@ -38,7 +40,8 @@ class Rule:
         layout: the codec's counting rule.
         flatten: the order of the ids.
         shape: positions of one frame or picture, where the layout leaves it open.
-        limit: the most positions (prefix) or frames that a model reads and writes; None for the layout's own.
+        limit: the most positions (prefix), frames, or codes (octree) that a model reads and writes; None for the
+            layout's own.
         tables: each of the first so many positions has a block of its own (the codec's `position_tables`); 0 for
             one block for all. Then no stream has more positions.
         stack: so many ids of a stream that is only read share one position, their embeddings summed; 0 for one id a
@@ -160,10 +163,19 @@ class Rule:
             if self.flatten != "octree":
                 blocks += [self._block(part, d, size) for d, size in enumerate(sizes)]
                 continue
-            if len(sizes) > 1 and len(sizes) % 8:
-                raise ValueError(f"'{self.codec}' has {len(sizes)} bits a node, expected 1 or 8 n")
-            blocks += [self._block(part, d, 256, pack=8) for d in range(0, len(sizes), 8)]
+            pack = self._pack(len(sizes))
+            blocks += [self._block(part, d, 2**pack, pack=pack) for d in range(0, len(sizes), pack)]
         return blocks
+
+    def _pack(self, bits: int) -> int:
+        """How many bits one id holds, for nodes of so many bits."""
+        if 1 < bits <= ONE_ID:
+            return bits
+        if bits > 1 and bits % 8:
+            raise ValueError(
+                f"'{self.codec}' has {bits} bits a node, expected 1 to {ONE_ID} or a multiple of 8"
+            )
+        return 8
 
     def _block(
         self, part: int, depth: int, size: int, *, pack: int = 1, position: int = 0
@@ -252,11 +264,17 @@ def _octree_ids(stream: TokenStream, rule: Rule, blocks: Sequence[Block]) -> Ten
     problem = rule.layout.problem([p.codes for p in stream.parts], stream.grid)
     if problem:
         raise StreamError(f"stream of '{stream.codec}' {problem}")
+    if rule.most is not None and len(stream.parts[-1].codes) > rule.most:
+        raise StreamError(
+            f"stream of '{stream.codec}' has {len(stream.parts[-1].codes)} codes, the model takes {rule.most}; "
+            "larger shapes go through generators/octree.py"
+        )
     ids = []
     for i, part in enumerate(stream.parts):
-        starts = torch.tensor([b.start for b in blocks if b.part == i])
-        bits = rearrange(part.codes.flatten(), "(n bit) -> n bit", bit=8)
-        values = (bits << torch.arange(8)).sum(1)
+        own = [b for b in blocks if b.part == i]
+        starts, pack = torch.tensor([b.start for b in own]), own[0].pack
+        bits = rearrange(part.codes.flatten(), "(n bit) -> n bit", bit=pack)
+        values = (bits << torch.arange(pack)).sum(1)
         ids.append((rearrange(values, "(n d) -> n d", d=len(starts)) + starts).flatten())
     return torch.cat(ids)
 
@@ -267,14 +285,15 @@ def _octree_codes(ids: Tensor, rule: Rule, blocks: Sequence[Block]) -> list[Tens
     tables, start, nodes = [], 0, layout.first_count()
     for i, sizes in enumerate(rule.vocab):
         own = [b for b in blocks if b.part == i]
-        count = nodes * len(sizes) // 8
+        pack = own[0].pack
+        count = nodes * len(sizes) // pack
         if start + count > len(ids):
             raise StreamError(
                 f"part {i} needs {count} ids for {nodes} nodes, but {len(ids) - start} are left"
             )
         rows = rearrange(ids[start : start + count], "(n d) -> d n", d=len(own))
         values = torch.stack([_codes(row, b) for row, b in zip(rows, own)], dim=1).flatten()
-        bits = (values[:, None] >> torch.arange(8)) & 1
+        bits = (values[:, None] >> torch.arange(pack)) & 1
         tables.append(rearrange(bits.flatten(), "(n d) -> n d", d=len(sizes)))
         start += count
         nodes = layout.next_count(int(tables[-1].sum()))

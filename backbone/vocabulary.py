@@ -1,7 +1,7 @@
 """Vocabulary: which id means what. Text, specials, and one block of ids for each codec, part and depth.
 
 Everything comes from data (JSON), nothing from constants in code: published layouts differ, and MIO's block order is
-only known from its tokenizer file. A block with `pack` 8 holds eight bits in one id (octrees).
+only known from its tokenizer file. A block with `pack` above 1 holds several bits in one id (octrees).
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 
 from anytok.backbone.grammar import Grammar, GrammarError
 from anytok.backbone.interleave import EOS, Interleaver
+from anytok.codecs.layout import Octree
+from anytok.codecs.stream import Part, StreamError, TokenStream
 from tests.backbone.tiny import RULES
 
 SETS = [
@@ -136,3 +139,39 @@ def test_octree_needs_a_node():
     state = grammar.advance(grammar.start(["shape"]), [interleaver.tags("shape")[0]])
     zero = interleaver.vocabulary.of("shape/o")[0].start
     assert torch.tensor(grammar.allowed(state)).tolist() == [[zero + 1, zero + 256]]
+
+
+def test_octrees_stay_within_their_limit():
+    interleaver, grammar = grammar_of(["octree"], shape=24)
+    for seed in range(40):
+        (stream,) = interleaver.parse(walk(grammar, ["shape"], seed))
+        assert 8 <= len(stream.parts[-1].codes) <= 24
+    rule = dataclasses.replace(RULES["octree"], limit=16)
+    parts = [torch.ones(8, 1), torch.ones(64, 1), torch.ones(512, 16)]
+    big = TokenStream(
+        parts=tuple(Part(p.long(), v) for p, v in zip(parts, rule.vocab)),
+        codec=rule.codec,
+        modality="shape",
+    )
+    with pytest.raises(StreamError, match=r"512 codes, the model takes 16; larger shapes"):
+        Interleaver.build([rule]).ids(big)
+    with pytest.raises(ValueError, match="limit of codes is 7, expected 8 or more"):
+        grammar_of(["octree"], shape=7)
+
+
+@pytest.mark.parametrize(("bits", "ids"), [(12, 1), (6, 1), (32, 4), (16, 2)])
+def test_octree_codes_pack(bits, ids):
+    rule = dataclasses.replace(
+        RULES["octree"], layout=Octree(1, 2), vocab=((2,), (2,) * bits), limit=24
+    )
+    interleaver = Interleaver.build([rule])
+    blocks = [b for b in interleaver.vocabulary.blocks if b.part == 1]
+    assert [b.size for b in blocks] == [2 ** (bits // ids)] * ids
+    grammar = Grammar(interleaver)
+    for seed in range(10):
+        (stream,) = interleaver.parse(walk(grammar, ["shape"], seed))
+        again = interleaver.stream(interleaver.ids(stream).tolist(), "shape")
+        assert all(torch.equal(a.codes, b.codes) for a, b in zip(stream.parts, again.parts))
+        assert interleaver.ids(stream).shape == (1 + ids * len(stream.parts[1].codes),)
+    with pytest.raises(ValueError, match="has 13 bits a node, expected 1 to 12 or a multiple of 8"):
+        Interleaver.build([dataclasses.replace(rule, vocab=((2,), (2,) * 13))])
