@@ -1,10 +1,10 @@
-"""Which points of a regular grid lie inside a mesh, by counting how often a line crosses it.
+"""Which points lie inside a mesh, by counting how often a line crosses it.
 
-A line along z through each column of the grid crosses the surface at heights that are found exactly; the sum of the
-crossings' directions above a point is its winding number. Work grows with the number of columns that each triangle
-covers, not with grid × triangles. Where parts of a mesh overlap, a point in either is inside.
+A line along z through each point, or each column of a grid, crosses the surface at heights that are found exactly; the
+sum of the crossings' directions above a point is its winding number. Work grows with the number of columns that each
+triangle covers, not with points × triangles. Where parts of a mesh overlap, a point in either is inside.
 
-Letters: X Y Z grid points per axis, F faces, P pairs of a face and a column under it.
+Letters: X Y Z grid points per axis, N points, F faces, P pairs of a face and a column or point under it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,55 @@ def inside(shape: Shape, grid: Grid) -> Tensor:
     # Above the highest crossing the number is 0; going down, each crossing is met in turn.
     winding = change[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
     return torch.from_numpy(winding != 0).reshape(x_count, y_count, z_count)
+
+
+def winding(triangles: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """How often closed triangles [F, 3, 3] wind around each point [N, 3]: 1 inside, 0 outside, 2 in an overlap."""
+    low = triangles[:, :, :2].min(axis=(0, 1))
+    side = max(float((triangles[:, :, :2].max(axis=(0, 1)) - low).max()), 1e-300)
+    cells, offsets, faces = _buckets(triangles, low, side)
+    place = np.floor((points[:, :2] - low) / side * cells).astype(np.int64)
+    within = ((place >= 0) & (place < cells)).all(axis=1)
+    bucket = np.where(within, place[:, 0] * cells + place[:, 1], cells * cells)
+    counts = offsets[bucket + 1] - offsets[bucket]
+    out = np.zeros(len(points), np.int64)
+    groups = np.cumsum(counts) // _PAIRS_AT_ONCE
+    for group in np.unique(groups):
+        part = np.flatnonzero(groups == group)
+        point = np.repeat(part, counts[part])  # [P]
+        first = np.cumsum(counts[part]) - counts[part]
+        nth = np.arange(len(point)) - np.repeat(first, counts[part])
+        face = faces[offsets[bucket[point]] + nth]
+        sign, height = _crossings(triangles[face], points[point, 0], points[point, 1])
+        np.add.at(out, point, np.where(height > points[point, 2], sign, 0))
+    return out
+
+
+def _buckets(
+    triangles: np.ndarray, low: np.ndarray, side: float
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Faces by the cells of a square grid over x and y that their bounding boxes touch.
+
+    Returns:
+        Cells a side, where each cell's faces begin [cells^2 + 2] (the last cell is "outside", without any), and faces.
+    """
+    cells = int(np.clip(np.sqrt(len(triangles)), 1, 1024))
+    while True:
+        corners = (triangles[:, :, :2] - low) / side * cells
+        first = np.floor(corners.min(axis=1)).astype(np.int64).clip(0, cells - 1)
+        last = np.floor(corners.max(axis=1)).astype(np.int64).clip(0, cells - 1)
+        size = last - first + 1
+        area = size.prod(axis=1)
+        if cells == 1 or area.sum() <= 16 * len(triangles) + _PAIRS_AT_ONCE:
+            break
+        cells //= 2  # many large triangles
+    face = np.repeat(np.arange(len(triangles)), area)
+    nth = np.arange(len(face)) - np.repeat(np.cumsum(area) - area, area)
+    x = first[face, 0] + nth // size[face, 1]
+    bucket = x * cells + first[face, 1] + nth % size[face, 1]
+    order = np.argsort(bucket, kind="stable")
+    counts = np.bincount(bucket, minlength=cells * cells + 1)
+    return cells, np.concatenate([[0], np.cumsum(counts)]), face[order]
 
 
 def _columns(triangles: np.ndarray, x_count: int, y_count: int):  # type: ignore[no-untyped-def]

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...modalities.distance import sdf
 from ...modalities.errors import MediaError
 from ...modalities.measure import f_score, volume_iou
 from ...modalities.shape import Shape
@@ -38,7 +39,6 @@ from ..stream import StreamError
 from .data import DataError, Row, find_rows
 from .engine import Task, adamw
 from .loader import RandomDataset
-from .sdf import signed_distance
 
 logger = logging.getLogger(__name__)
 
@@ -203,13 +203,13 @@ def measured(shape: Shape) -> dict[str, np.ndarray]:
             parts.append(shape.sample(count, rng).vertices + noise)
     # points are stored in half precision, so they are rounded before their distance is measured
     query = torch.cat(parts).half()
-    distance, gradient = signed_distance(shape.triangles(), query.float())
+    found = sdf(shape, query.float())
     return {
         "vertices": shape.vertices.numpy(),
         "faces": shape.faces.int().numpy(),
         "query": query.numpy(),
-        "distance": distance.half().numpy(),
-        "gradient": gradient.half().numpy(),
+        "distance": found.distance.half().numpy(),
+        "gradient": found.gradient.half().numpy(),
     }
 
 

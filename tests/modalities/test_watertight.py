@@ -1,11 +1,12 @@
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 import trimesh
 
-from anytok.modalities import Shape
-from anytok.modalities.inside import Grid, inside
+from anytok.modalities import Shape, distance
+from anytok.modalities.inside import Grid, inside, winding
 from anytok.modalities.measure import chamfer, volume_iou
 from anytok.modalities.watertight import make_watertight, sdf
 from tests.modalities.conftest import cube
@@ -74,6 +75,40 @@ def test_sign_agrees_with_the_winding_number_on_a_crooked_mesh():
     assert torch.equal(inside(spiky, grid).flatten(), sdf(spiky, centres).distance < 0)
 
 
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_many_triangles_and_few_agree(few, monkeypatch):
+    monkeypatch.setattr(distance, "_FEW", few)
+    box = shape(trimesh.creation.box([1.6, 1.0, 0.6]))
+    ball, p = sphere(2), points(1500)
+    assert (sdf(box, p).distance - box_distance(p, [0.8, 0.5, 0.3])).abs().max() < 1e-6
+    corners = ball.triangles().double()
+    exact = distance._squared_distances(corners.numpy(), p.double().numpy()).min(1)
+    assert np.abs(sdf(ball, p).distance.abs().numpy() - exact**0.5).max() < 1e-6
+    # the middle is as far from every piece: the most candidates there can be
+    middle = sdf(ball, torch.zeros(1, 3))
+    assert float(middle.distance) == pytest.approx(
+        -corners.mean(1).norm(dim=1).min().item(), abs=2e-3
+    )
+
+
+def test_parts_that_overlap_are_inside():
+    one, other = shape(trimesh.creation.box([1, 1, 1])), shape(trimesh.creation.box([1, 1, 1]))
+    other = other.transformed(torch.tensor([0.4, 0.1, 0.2]), 1.0)
+    both = Shape(
+        torch.cat([one.vertices, other.vertices]),
+        torch.cat([one.faces, other.faces + len(one.vertices)]),
+    )
+    p = points(3000)
+    wanted = (p.abs() < 0.5).all(1) | ((p - torch.tensor([0.4, 0.1, 0.2])).abs() < 0.5).all(1)
+    found = sdf(both, p)
+    assert torch.equal(found.distance < 0, wanted)
+    # inside the other part, the nearest wall of this one points the other way: the direction of its faces is no help
+    numbers = winding(both.triangles().double().numpy(), p.double().numpy())
+    assert sorted(set(numbers.tolist())) == [0, 1, 2]
+    turned = winding(both.triangles().flip(1).double().numpy(), p.double().numpy())
+    assert (turned == -numbers).all()
+
+
 def test_limit_truncates_and_keeps_signs():
     box = shape(trimesh.creation.box([1.6, 1.0, 0.6]))
     p = points(5000)
@@ -82,8 +117,9 @@ def test_limit_truncates_and_keeps_signs():
     assert (found.distance - expected.clamp(-0.05, 0.05)).abs().max() < 1e-6
     far = expected.abs() > 0.0501
     assert (found.gradient[far] == 0).all()
-    with pytest.raises(ValueError, match=r"limit is 0\.0001, expected at least"):
-        sdf(box, p, limit=1e-4)
+    assert (sdf(box, p, limit=1e-4).distance.abs() <= 1.001e-4).all()
+    with pytest.raises(ValueError, match=r"limit is 0\.0, expected above 0"):
+        sdf(box, p, limit=0.0)
 
 
 def test_lines_through_edges_and_corners_are_counted_once():

@@ -6,7 +6,6 @@ import torch
 
 from anytok.codecs.training.data import DataError
 from anytok.codecs.training.octgpt import DataConfig, Fields, OctGPTTask, measured
-from anytok.codecs.training.sdf import signed_distance, winding_number
 from anytok.modalities.shape import Shape
 from tests.codecs.shape.test_octgpt import FACES, box
 
@@ -21,31 +20,6 @@ NETWORK = {
     "node_types": 3,
     "code_bits": 4,
 }
-
-
-def box_distance(points: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
-    """The signed distance of a centred box, in closed form."""
-    q = points.abs() - half
-    return q.clamp(min=0).norm(dim=1) + q.amax(1).clamp(max=0)
-
-
-def test_distances_of_a_box_are_exact():
-    points = torch.rand(3000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    distance, gradient = signed_distance(box().triangles(), points)
-    true = box_distance(points, torch.tensor([0.5, 0.3, 0.15]))
-    torch.testing.assert_close(distance, true, rtol=0, atol=1e-6)
-    torch.testing.assert_close(gradient.norm(dim=1), torch.ones(3000), rtol=0, atol=1e-5)
-    step = 1e-3
-    moved, _ = signed_distance(box().triangles(), points + step * gradient)
-    assert ((moved - distance - step).abs() < 1e-5).float().mean() > 0.99
-
-
-def test_the_winding_number_counts_overlapping_parts():
-    both = torch.cat([box().triangles(), box(at=(0.2, 0, 0)).triangles()]).double()
-    points = torch.tensor([[0.1, 0, 0], [-0.45, 0, 0], [0.9, 0, 0]], dtype=torch.float64)
-    torch.testing.assert_close(winding_number(both, points), torch.tensor([2.0, 1.0, 0.0]))
-    distance, _ = signed_distance(both, points)
-    assert (distance < 0).tolist() == [True, True, False]
 
 
 @pytest.fixture
