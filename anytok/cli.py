@@ -1,4 +1,4 @@
-"""The command line: `anytok codecs | encode | decode | info | roundtrip | compare | generate | train`.
+"""The command line: `anytok codecs | encode | decode | info | roundtrip | compare | view | generate | train`.
 
 Exit codes: 0 done, 2 wrong usage, 3 a medium cannot be read or written, 4 a stream is wrong, 5 a codec or its
 weights cannot be had, 6 a model cannot do what was asked. Errors go to stderr, one line each; with `--json` results go
@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from .view import view
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,6 +34,7 @@ train_app = typer.Typer(
     no_args_is_help=True, help="Train a codec or a backbone on a folder of media."
 )
 app.add_typer(train_app, name="train")
+app.command()(view)
 out, err = Console(), Console(stderr=True)
 
 EXIT_MEDIA, EXIT_STREAM, EXIT_CODEC, EXIT_MODEL = 3, 4, 5, 6

@@ -24,6 +24,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .modalities import Audio, Image, Media, Shape, Video
+from .view import SCRIPT, turnable
 
 CELL = 160
 INK, PAPER, FAINT = (32, 33, 36), (255, 255, 255), (120, 124, 130)
@@ -264,7 +265,7 @@ def to_html(
     for row in rows:
         figures = "".join(f"<td>{html.escape(shown(row.values.get(c)))}</td>" for c in columns)
         cells = "".join(
-            f"<figure><img src='{_data_url(picture_of(m, size))}' alt='{html.escape(t)}'>"
+            f"<figure>{_figure(m, t, size, row.name)}"
             f"<figcaption>{html.escape(t)}</figcaption></figure>"
             for t, m in row.cells.items()
         )
@@ -281,6 +282,7 @@ def to_html(
     return (
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"
         f"<h1>{html.escape(title)}</h1>{said}{above}<table><tr><th></th>{head}</tr>{''.join(body)}</table>\n"
+        f"{SCRIPT if any(isinstance(m, Shape) for r in rows for m in r.cells.values()) else ''}"
     )
 
 
@@ -332,6 +334,14 @@ def curves(
         below = height + 18 * i
         parts.append(f"<text x='50' y='{below}' fill='{colour}'>{html.escape(name)}</text>")
     return "".join(parts) + "</svg>"
+
+
+def _figure(medium: Media, title: str, size: int, group: str) -> str:
+    """A medium's picture; shapes can be turned, those of one row together."""
+    picture = _data_url(picture_of(medium, size))
+    if isinstance(medium, Shape):
+        return turnable(medium, picture, title, group=group, size=size)
+    return f"<img src='{picture}' alt='{html.escape(title)}'>"
 
 
 def _data_url(picture: Pil.Image) -> str:
