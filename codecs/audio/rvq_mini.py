@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ...modalities.features import mel_filters
 from ..layers.conv import Conv1d, Pair, cut
 from ..published import Weights, load_into
-from ..quantizers.table import Table
+from ..quantizers.table import Exact, Table
 from .residual import ResidualCodec, residual_spec
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class RVQMiniConfig:
         return self.loudness_width + self.shape_width
 
 
-class Transform(nn.Module):
+class Transform(Exact):
     """Samples to MDCT coefficients and loudness, and coefficients to samples. No weights."""
 
     def __init__(self, config: RVQMiniConfig):
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         return y if n is None else cut(y, n)
 
 
-class Latents(nn.Module):
+class Latents(Exact):
     """Loudness and shape of a frame to a latent vector and back: two sets of principal components."""
 
     def __init__(self, config: RVQMiniConfig):
@@ -202,9 +202,9 @@ class Latents(nn.Module):
     def join(self, loudness: Tensor, shape: Tensor) -> Tensor:
         """Loudness [B, M, S] and shape [B, K, S] to latents [B, D, T]."""
         s = self.config.subframes
-        loudness = rearrange(loudness, "b m (t s) -> b t (s m)", s=s) - self.mean.float()
+        loudness = rearrange(loudness, "b m (t s) -> b t (s m)", s=s) - self.mean
         shape = rearrange(shape, "b k (t s) -> b t (s k)", s=s)
-        parts = loudness @ self.loudness.float(), shape @ self.shape.float()
+        parts = loudness @ self.loudness, shape @ self.shape
         return rearrange(
             torch.cat([self.config.loudness_weight * parts[0], parts[1]], -1), "b t d -> b d t"
         )
@@ -213,11 +213,8 @@ class Latents(nn.Module):
         """Latents [B, D, T] to loudness [B, M, S] and shape [B, K, S]."""
         s, width = self.config.subframes, self.config.loudness_width
         z = rearrange(z, "b d t -> b t d")
-        loudness = (
-            z[..., :width] / self.config.loudness_weight @ self.loudness.float().T
-            + self.mean.float()
-        )
-        shape = z[..., width:] @ self.shape.float().T
+        loudness = z[..., :width] / self.config.loudness_weight @ self.loudness.T + self.mean
+        shape = z[..., width:] @ self.shape.T
         return (
             rearrange(loudness, "b t (s m) -> b m (t s)", s=s),
             rearrange(shape, "b t (s k) -> b k (t s)", s=s),

@@ -1,12 +1,24 @@
-"""Tables of numbers in 8 bits, and the nearest row of one."""
+"""Tables of numbers in 8 bits, the nearest row of one, and k-means, which fits them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 
-class Table(nn.Module):
+class Exact(nn.Module):
+    """A module whose numbers stay float32, whatever type its codec runs in: codes hang on them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        def move(x: Tensor) -> Tensor:
+            return x.to(fn(x).device) if x.is_floating_point() else fn(x)
+
+        return super()._apply(move, recurse)
+
+
+class Table(Exact):
     """int8 numbers [..., V, d] with a scale for each of the last axis (and of every leading one)."""
 
     def __init__(self, *shape: int):
@@ -24,7 +36,7 @@ class Table(nn.Module):
 
     def forward(self, index: int) -> Tensor:
         """Entry `index` in float32."""
-        return self.values[index].float() * self.scale[index].float()
+        return self.values[index].float() * self.scale[index]
 
 
 def nearest(x: Tensor, table: Tensor, chunk: int = 8192) -> Tensor:

@@ -20,18 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..audio.dac import DAC, ResidualUnit
+from ..audio.rvq_mini import mdct
 from ..layers.conv import Snake
 
 NEARLY_LINEAR = 0.01  # alpha: x + 0.01 x²
 QUIET = 0.01  # factor on the output of residual units
 NOISE = 0.01  # factor on the random start values that stay under a structured kernel
-
-
-def mdct(hop: int, count: int) -> Tensor:
-    """The lowest `count` basis functions of the MDCT, orthonormal: [count, 2 · hop]."""
-    n, k = torch.arange(2 * hop) + 0.5, torch.arange(count)[:, None] + 0.5
-    window = torch.sin(torch.pi * n / (2 * hop))
-    return (2 / hop) ** 0.5 * window * torch.cos(torch.pi / hop * (n + hop / 2) * k)
 
 
 @torch.no_grad()

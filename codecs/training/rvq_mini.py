@@ -25,10 +25,10 @@ from ..published import load_into, save_codec
 from ..quantizers.rvq import draw_depths
 from ..quantizers.table import kmeans, nearest
 from .adversarial import Discriminators, adversarial_loss, discriminator_loss, feature_loss
+from .dac import vary
 from .data import Sounds, find_rows
 from .engine import Task, adamw
 from .entry import settings
-from .rvq import vary
 from .spectral import ComplexSTFT, MultiScaleMel, si_sdr
 
 
@@ -59,8 +59,8 @@ class RVQMiniLoss:
     feature: float = 0.1
     discriminators_from: int | None = None
     discriminator_width: int = 8
-    crops: int = 4000
-    rounds: int = 10
+    crops: int = 3200
+    rounds: int = 8
 
 
 @torch.no_grad()
@@ -87,14 +87,14 @@ def principal(x: Tensor, width: int) -> Tensor:
 
 
 def colour(crops: Tensor, rng: torch.Generator) -> Tensor:
-    """Crops [B, 1, L] through random microphones: some noise of -80 to -45 dB, then gains of about 5 dB in 8 bands.
+    """Crops [B, 1, L] through random microphones: gains of about 5 dB in 8 bands, half of them after noise.
 
-    Synthetic voices are spoken into silence by few mouths. Recorded ones are not.
+    Synthetic voices are spoken by few mouths into digital silence. Recorded ones are not: noise has -75 to -45 dB.
     """
-    level = torch.rand(len(crops), 1, 1, generator=rng, device=rng.device)
+    level, noisy = torch.rand(2, len(crops), 1, 1, generator=rng, device=rng.device)
     noise = torch.randn(crops.shape, generator=rng, device=rng.device)
     gains = 0.6 * torch.randn(len(crops), 1, 8, generator=rng, device=rng.device)
-    spectrum = torch.fft.rfft(crops + 10 ** (-4 + 1.75 * level) * noise)
+    spectrum = torch.fft.rfft(crops + (noisy < 0.5) * 10 ** (-3.75 + 1.5 * level) * noise)
     gains = F.interpolate(gains, size=spectrum.shape[-1], mode="linear", align_corners=True)
     x = torch.fft.irfft(spectrum * gains.exp(), n=crops.shape[-1])
     return x / x.abs().amax(-1, keepdim=True).clamp(min=1.0)

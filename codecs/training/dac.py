@@ -11,7 +11,7 @@
   that a few minutes of training give a waveform and not only a spectrogram.
 - Quantiser dropout as published: half of a batch keeps a random number of stages.
 
-Config: "model" is a DACConfig, "loss" an RVQLoss, "data" has "root" and "sets" (folders of recordings).
+Config: "model" is a DACConfig, "loss" a DACLoss, "data" has "root" and "sets" (folders of recordings).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from .engine import Task
 from .lapped_start import start_as_transform
 from .spectral import ComplexSTFT, MultiScaleMel, si_sdr
 
-NAME = "rvq/mini"
+NAME = "dac/custom"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RVQLoss:
+class DACLoss:
     """What is not the model's.
 
     Args:
@@ -237,13 +237,13 @@ def compile_snake(network: nn.Module) -> None:
             layer.function = function
 
 
-class RVQTask(Task):
+class DACTask(Task):
     """Learn a DAC from recordings."""
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = dict(config)
         self.model = DACConfig(**config["model"])
-        self.loss = RVQLoss(**config.get("loss", {}))
+        self.loss = DACLoss(**config.get("loss", {}))
         hop = self.model.hop
         self.length = max(1, round(self.loss.seconds * self.model.sample_rate / hop)) * hop
         self._held: Tensor | None = None
@@ -338,11 +338,12 @@ class RVQTask(Task):
 
     def export(self, networks, path) -> None:
         """The codec with plain weights, in fp16."""
-        codec = DAC(self.model, name=NAME, licences=("Apache-2.0", "Apache-2.0"))
+        name = self.config.get("name", NAME)
+        codec = DAC(self.model, name=name, licences=("Apache-2.0", "Apache-2.0"))
         tensors = fuse_weight_norm(networks["codec"].codec.state_dict())
         load_into(codec, {k: v.cpu() for k, v in tensors.items()}, source="the trained codec")
         about = {"trained_on": list(self.config["data"]["sets"]), "loss": asdict(self.loss)}
-        save_codec(codec, path, name=NAME, dtype=torch.float16, about=about)
+        save_codec(codec, path, name=name, dtype=torch.float16, about=about)
 
     def _sounds(self, split: str, length: int, limit: int | None = None) -> Sounds:
         data = self.config["data"]
@@ -408,4 +409,4 @@ def _from_first(tensor: Tensor) -> Tensor:
 
 def task(config: Mapping[str, Any]) -> Task:
     """The task of a config file."""
-    return RVQTask(config)
+    return DACTask(config)

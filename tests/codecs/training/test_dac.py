@@ -16,9 +16,9 @@ from anytok.codecs.training.adversarial import (
     discriminator_loss,
     feature_loss,
 )
+from anytok.codecs.training.dac import DACTask, Trainee, fit_stage, spherical_kmeans, vary
 from anytok.codecs.training.engine import RunConfig, run
 from anytok.codecs.training.lapped_start import mdct, start_as_transform
-from anytok.codecs.training.rvq import RVQTask, Trainee, fit_stage, spherical_kmeans, vary
 from anytok.codecs.training.spectral import ComplexSTFT, MultiScaleMel, si_sdr
 from anytok.modalities import Audio
 from anytok.modalities.measure import mel_distance
@@ -177,7 +177,7 @@ def test_a_short_run_with_discriminators_gives_a_codec(folder, tmp_path):
     settings = RunConfig(
         out=str(tmp_path / "run"), steps=5, batch_size=2, log_every=1, tensorboard=False
     )
-    path = run(RVQTask(config), settings)
+    path = run(DACTask(config), settings)
     codec = load_codec(path)
     (stream,) = codec.encode([Audio(voice(4000), 8000)])
     assert stream.codes.shape == (50, 3)
@@ -190,4 +190,4 @@ def test_a_short_run_with_discriminators_gives_a_codec(folder, tmp_path):
 
 def test_an_unknown_start_is_refused():
     with pytest.raises(ValueError, match="'transform' or 'random'"):
-        RVQTask({"model": MODEL, "data": {}, "loss": {"start": "warm"}})
+        DACTask({"model": MODEL, "data": {}, "loss": {"start": "warm"}})
