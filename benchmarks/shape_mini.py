@@ -1,7 +1,6 @@
-"""How good `octgpt/mini` is on held-out meshes, beside voxels at the same bytes, and what the sparse grid saves.
+"""How good `octgpt/mini` is on held-out meshes, beside voxels at the same bytes.
 
     python benchmarks/shape_mini.py --data /work/data [--weights FILE] [--count 60] [--sheet views.png]
-    python benchmarks/shape_mini.py --surface
 
 Measures, per mesh: F-score at 1 % of the bounding box's diagonal, volume IoU, Chamfer distance (% of the diagonal),
 whether the output is watertight, bits of the stream (frame included).
@@ -20,14 +19,11 @@ from math import prod
 from statistics import mean
 
 import numpy as np
-import torch
 from PIL import Image as Pil
 from scipy.ndimage import gaussian_filter
 from skimage.measure import marching_cubes
 
 from anytok.codecs import load_codec
-from anytok.codecs.shape.octree import Points, build_octree, decode_keys
-from anytok.codecs.shape.surface import Field, GridConfig, dense, mesh, sparse
 from anytok.codecs.training.data import find_rows
 from anytok.codecs.training.octgpt import closed_shapes
 from anytok.modalities.inside import Grid, inside
@@ -44,11 +40,7 @@ def main() -> None:
     parser.add_argument("--weights", default="octgpt/mini", help="a codec's name or file")
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--sheet", help="write shaded views of the first meshes here")
-    parser.add_argument("--surface", action="store_true", help="measure surface extraction only")
     given = parser.parse_args()
-    if given.surface:
-        surface_table()
-        return
     rows = find_rows(given.data, ("shapes",), modality="shape", splits=("held",))
     shapes = closed_shapes(rows)[: given.count]
     quality_table(given.weights, shapes, given.sheet)
@@ -147,51 +139,6 @@ def views(columns: Sequence[Sequence[Shape]], count: int = 10, size: int = 200) 
             at = ((i % 2) * len(columns) + j) * size, (i // 2) * size
             sheet.paste(shaded(column[i], size), at)
     return sheet
-
-
-def surface_table(depth: int = 8, size: int = 256) -> None:
-    """A torus with exact planes on an octree of OctGPT's depth: the sparse grid against the dense one."""
-    field, grid = torus_field(depth), GridConfig(size=size)
-    found = {}
-    for name, samples in (
-        ("dense", lambda: dense(field, grid, torch.device("cpu"))),
-        ("sparse", lambda: sparse(field, grid)),
-    ):
-        start = time.process_time()
-        volume = samples()
-        middle = time.process_time()
-        found[name] = Shape(*mesh(volume, grid)), middle - start, time.process_time() - middle
-    print(
-        f"Depth {depth}, {size}^3 samples, {torch.get_num_threads()} thread(s), {field.tree.count(depth)} nodes.\n"
-    )
-    print("| grid | field (CPU s) | marching cubes (CPU s) | vertices | watertight |")
-    print("|---|---|---|---|---|")
-    for name, (shape, seconds, cubes) in found.items():
-        print(
-            f"| {name} | {seconds:.2f} | {cubes:.2f} | {len(shape.vertices)} | {shape.is_watertight} |"
-        )
-    a, b = found["dense"][0], found["sparse"][0]
-    same = a.vertices.shape == b.vertices.shape and bool((a.vertices == b.vertices).all())
-    print(f"\nSame vertices: {same}; dense / sparse: {found['dense'][1] / found['sparse'][1]:.1f}.")
-
-
-def torus_field(
-    depth: int, points: int = 400_000, major: float = 0.55, minor: float = 0.25
-) -> Field:
-    rng = torch.Generator().manual_seed(0)
-    u, v = 2 * torch.pi * torch.rand(2, points, generator=rng)
-    normals = torch.stack([v.cos() * u.cos(), v.cos() * u.sin(), v.sin()], -1)
-    centres = major * torch.stack([u.cos(), u.sin(), torch.zeros_like(u)], -1)
-    tree = build_octree([Points(centres + minor * normals, normals)], depth=depth, full_depth=3)
-    planes = []
-    for d in range(3, depth + 1):
-        cell = (decode_keys(tree.keys[d])[0] + 0.5) / 2 ** (d - 1) - 1
-        ring = cell[:, :2].norm(dim=1, keepdim=True).clamp(min=1e-6)
-        outwards = torch.cat([cell[:, :2] * (1 - major / ring), cell[:, 2:]], -1)
-        length = outwards.norm(dim=1, keepdim=True).clamp(min=1e-6)
-        plane = torch.cat([outwards / length, length - minor], -1)
-        planes.append(plane if d == depth else plane * ~tree.nonempty(d)[:, None])
-    return Field(tree, depth, torch.cat(planes))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..registry import Entry
 
 SHRINK = 0.96
+MAX_FACES = 2_000_000  # of a source: repairing and sampling take memory and minutes above
 logger = logging.getLogger(__name__)
 
 
@@ -117,7 +118,7 @@ class OctGPT(Codec):
         """Meshes or point clouds with outward normals to streams.
 
         Raises:
-            ValueError: a point cloud without normals, or a shape without extent or area.
+            ValueError: a point cloud without normals, a shape without extent or area, or more than `MAX_FACES` faces.
         """
         options = options or ShapeOptions()
         streams = []
@@ -173,6 +174,11 @@ class OctGPT(Codec):
             raise ValueError(
                 "the point cloud has no normals, expected outward ones; "
                 "estimate them first, or give a mesh"
+            )
+        if shape.faces is not None and len(shape.faces) > MAX_FACES:
+            raise ValueError(
+                f"the mesh has {len(shape.faces)} faces, expected at most {MAX_FACES}; simplify it, or give "
+                "points with normals: shape.sample(200_000)"
             )
         if not bool((shape.bounds[1] - shape.bounds[0]).isfinite().all()):
             raise ValueError("the shape's extent is beyond float32; scale it down first")
