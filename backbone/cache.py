@@ -2,7 +2,8 @@
 
 Rows are right-padded: a row's positions stand at 0 ... length - 1 and what lies behind is overwritten later, so rows of
 different prompts run in one batch without left padding. Lengths are Python numbers, so that no step waits for a device.
-Layers may hold different lengths (pruning); `gather` compacts, reorders, and picks the accepted branch of a tree.
+Layers may hold different lengths (pruning); `gather` compacts and reorders, `keep` picks the accepted
+branch of a tree.
 """
 
 from __future__ import annotations
@@ -111,6 +112,30 @@ class KVCache:
             for table in (self.keys, self.values):
                 table[i, :, :, : indices.shape[1]] = table[i].gather(2, index)
             self._lengths[i] = [indices.shape[1]] * self.rows
+
+    def keep(self, added: int, chosen: Tensor, counts: Sequence[int]) -> None:
+        """Of the last `added` positions of each row keep some, in order, and forget the others (a tree's branch).
+
+        Only these positions are moved, where `gather` copies all.
+
+        Args:
+            chosen: [B, m], which of the last `added`, counted from 0.
+            counts: how many of the m are real in each row.
+        """
+        chosen = chosen.to(self.keys.device)
+        rows = torch.arange(self.rows, device=chosen.device)[:, None]
+        order = torch.arange(chosen.shape[1], device=chosen.device)
+        same = all(held == self._lengths[0] for held in self._lengths)
+        for layers in (
+            [slice(None)] if same else [slice(i, i + 1) for i in range(len(self._lengths))]
+        ):
+            held = self._lengths[layers.start or 0]
+            starts = torch.tensor(held, device=chosen.device)[:, None] - added
+            for table in (self.keys, self.values):
+                moved = table[layers, rows, :, starts + chosen]
+                table[layers, rows, :, starts + order] = moved
+            for i in range(len(self._lengths))[layers]:
+                self._lengths[i] = [n - added + count for n, count in zip(held, counts)]
 
     def take(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order (finished rows leave, beams move)."""

@@ -58,3 +58,18 @@ def after_cache(starts: Tensor, length: int, stop: int) -> Tensor:
     own = starts[:, None] + torch.arange(length, device=starts.device)
     columns = torch.arange(stop, device=starts.device)
     return (columns <= own[:, :, None])[:, None]
+
+
+def tree(starts: Tensor, ancestors: Tensor, stop: int) -> Tensor:
+    """Queries of draft trees over a cache: each sees what was held before, and its own branch. [B, 1, T, stop].
+
+    Args:
+        starts: [B], how many positions each row held before its tree.
+        ancestors: [B, T, M], True where query t sees the tree's node m, which stands at starts + m (itself included).
+        stop: how many cached positions there are, the tree's included.
+    """
+    nodes = torch.arange(stop, device=starts.device) - starts[:, None]
+    inside = (nodes >= 0) & (nodes < ancestors.shape[2])
+    index = nodes.clamp(0, ancestors.shape[2] - 1)[:, None].expand(-1, ancestors.shape[1], -1)
+    seen = ancestors.gather(2, index) & inside[:, None]
+    return (seen | (nodes < 0)[:, None])[:, None]

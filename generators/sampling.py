@@ -67,7 +67,12 @@ def draw(logits: Tensor, sampling: Sampling, rng: Sequence[torch.Generator]) -> 
     """One index a row of logits [B, V]; row i spends one number of rng[i] and of nothing else."""
     if sampling.greedy:
         return logits.argmax(-1).tolist()
-    below = probabilities(logits, sampling).double().cumsum(-1)
+    return pick(probabilities(logits, sampling), rng)
+
+
+def pick(laws: Tensor, rng: Sequence[torch.Generator]) -> list[int]:
+    """One index a row of laws [B, V], which need not sum to 1; row i spends one number of rng[i]."""
+    below = laws.double().cumsum(-1)
     spots = [torch.rand((), generator=g, device=g.device, dtype=torch.float64) for g in rng]
     spot = torch.stack(spots).to(below.device) * below[:, -1]
     return torch.searchsorted(below, spot[:, None], right=True).squeeze(-1).tolist()
