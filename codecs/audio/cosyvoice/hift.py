@@ -241,7 +241,7 @@ class HiFT(nn.Module):
 
     def stream(self, rng: torch.Generator | None = None) -> HiFTStream:
         """A vocoder for one mel that arrives in pieces."""
-        return HiFTStream(self, rng)
+        return HiFTStream(self, SourceNoise(self.config, rng))
 
     def _spectrum(self, source: Tensor, n: Tensor | None) -> Pair:
         """Source [B, L] to real and imaginary parts [B, 18, L / 4 + 1]; each row reflected at its own end."""
@@ -311,11 +311,11 @@ class HiFTStream:
 
     Args:
         vocoder: the network.
-        rng: of the source's noise, as in `SourceNoise`.
+        noise: of the source.
     """
 
-    def __init__(self, vocoder: HiFT, rng: torch.Generator | None = None):
-        self._net, self._noise = vocoder, SourceNoise(vocoder.config, rng)
+    def __init__(self, vocoder: HiFT, noise: SourceNoise):
+        self._net, self._noise = vocoder, noise
         self._f0_reach, self._reach = f0_reach(vocoder.config), reach(vocoder.config)
         like = vocoder.conv_pre.weight
         self._mel = like.new_empty(1, vocoder.config.mels, 0)
