@@ -166,7 +166,7 @@ class GridConfig:
     size: int = 256
     box: float = 0.9
     level: float = 0.002
-    block: int = 8
+    block: int = 4
 
     @property
     def step(self) -> float:
