@@ -11,7 +11,10 @@ from pathlib import Path
 from ..codecs.training import entry
 
 # name -> module and function; the function makes a Task of a config
-TASKS: dict[str, str] = {"pairs": f"{__package__}.tasks:PairsTask"}
+TASKS: dict[str, str] = {
+    "pairs": f"{__package__}.tasks:PairsTask",
+    "xar": f"{__package__}.xar_task:XARTask",
+}
 CONFIGS = Path(__file__).parent / "configs"
 
 

@@ -54,6 +54,7 @@ SYSTEMS: dict[str, str] = {
     "titok": "image.titok",
     "flextok": "image.flextok",
     "kl16": "image.kl16",
+    "patches": "image.patches",
     "tokenbridge": "image.tokenbridge",
     "gigatok": "image.gigatok",
     "llamagen": "image.llamagen",
