@@ -1,6 +1,7 @@
 """The page in which a shape is turned: what it holds, and that it needs nothing else."""
 
 import base64
+import json
 import re
 import shutil
 import subprocess
@@ -73,9 +74,66 @@ def test_command(tmp_path):
     assert CliRunner().invoke(app, ["view", str(tmp_path / "bad.obj")]).exit_code == 3
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node checks the script's syntax")
-def test_the_script_parses(tmp_path):
+# A browser in forty lines: elements that remember their listeners, and a WebGL that writes down what it is asked.
+BROWSER = """
+const calls = [];
+const gl = new Proxy({}, {get: (_, name) => {
+  if (name === name.toUpperCase()) return name;
+  return (...args) => {
+    calls.push([name, ...args]);
+    if (name === "getShaderParameter") return true;
+    if (name === "getAttribLocation") return args[1] === "place" ? 0 : 1;
+    return {name, args};
+  };
+}});
+const element = (dataset) => ({
+  dataset, width: 8, height: 8, hidden: true, listeners: {},
+  addEventListener(kind, act) { this.listeners[kind] = act; },
+  setPointerCapture() {},
+  getContext(kind) { return kind === "webgl2" ? gl : {drawImage: () => calls.push(["shown"])}; },
+});
+const canvases = DATA.map(element);
+globalThis.document = {createElement: () => element({}), querySelectorAll: () => canvases};
+const frames = [];
+globalThis.requestAnimationFrame = (act) => frames.push(act);
+globalThis.IntersectionObserver = class {
+  constructor(act) { this.act = act; }
+  observe(target) { this.act([{target, isIntersecting: true}]); }
+};
+SCRIPT
+const run = () => { while (frames.length) frames.shift()(); };
+run();
+const first = calls.length;
+canvases[0].listeners.pointermove({buttons: 1, movementX: 5, movementY: 2});
+run();
+const names = (list) => list.map((call) => call[0]);
+const draws = (list) => list.filter((call) => call[0].startsWith("draw"));
+console.log(JSON.stringify({
+  hidden: canvases.map((c) => c.hidden),
+  first: draws(calls.slice(0, first)),
+  moved: draws(calls.slice(first)),
+  shown: names(calls).filter((name) => name === "shown").length,
+  turn: calls.filter((call) => call[0] === "uniformMatrix3fv").map((call) => call[3]),
+}));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the script")
+def test_the_script_draws_and_turns(tmp_path):
+    cloud = Shape(torch.randn(50, 3))
+    said = [("a", cube()), ("a", cube()), ("b", cloud)]
+    data = [{"group": group, **view.packed(shape)} for group, shape in said]
     script = view.SCRIPT.removeprefix("<script>").removesuffix("</script>")
-    (tmp_path / "view.js").write_text(script)
-    done = subprocess.run(["node", "--check", tmp_path / "view.js"], capture_output=True, text=True)
+    code = BROWSER.replace("DATA", json.dumps(data)).replace("SCRIPT", script)
+    (tmp_path / "page.js").write_text(code)
+    done = subprocess.run(["node", tmp_path / "page.js"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["hidden"] == [False] * 3
+    mesh = ["drawElements", "TRIANGLES", 36, "UNSIGNED_INT", 0]
+    assert found["first"] == [mesh, mesh, ["drawArrays", "POINTS", 0, 50]]
+    assert found["moved"] == [mesh, mesh]  # those of a row turn together
+    assert found["shown"] == 5
+    start = torch.tensor(found["turn"][0]).view(3, 3).T.double()
+    torch.testing.assert_close(start, report._rotation(0.7, 0.45))
+    assert found["turn"][0] == found["turn"][1] != found["turn"][3]
