@@ -61,6 +61,7 @@ SYSTEMS: dict[str, str] = {
     "rqvae": "image.rqvae",
     "dac": "audio.dac",
     "rvq": "audio.rvq_mini",
+    "cosyvoice": "audio.cosyvoice.codec",
     "cosyvoice-s3": "audio.cosyvoice.s3",
     "encodec": "audio.encodec",
     "cvivit": "video.cvivit",
@@ -389,6 +390,43 @@ CODECS: dict[str, Entry] = {
                 25,
                 "6,561",
             ),
+        )
+    },
+    **{
+        f"cosyvoice/{variant}": Entry(
+            system="cosyvoice",
+            modality="audio",
+            files={
+                role: File(
+                    name=name,
+                    repo=where if "://" not in where else None,
+                    url=where if "://" in where else None,
+                    alternatives=(f"{name.rsplit('.', 1)[0]}.pt",) if "onnx" in name else (),
+                )
+                for role, name in (
+                    ("tokenizer", f"speech_tokenizer_{version}.onnx"),
+                    ("speaker", "campplus.onnx"),
+                    ("flow", "flow.pt"),
+                    ("vocoder", "hift.pt"),
+                )
+            },
+            config={"version": version, "rate": rate},
+            weights_licence="Apache-2.0 (model card; for academic purposes, says the README)",
+            about=f"speech to {rate} tokens a second and back in any voice{about}",
+        )
+        for variant, version, rate, where, about in (
+            ("v1", "v1", 50, "FunAudioLLM/CosyVoice-300M", ", 22 kHz"),
+            ("v1-sft", "v1", 50, "FunAudioLLM/CosyVoice-300M-SFT", ", 22 kHz, with speakers"),
+            ("v1-instruct", "v1", 50, "FunAudioLLM/CosyVoice-300M-Instruct", ", 22 kHz"),
+            (
+                "v1-25hz",
+                "v1",
+                25,
+                "https://www.modelscope.cn/models/iic/CosyVoice-300M-25Hz",
+                ", 22 kHz",
+            ),
+            ("v2", "v2", 25, "FunAudioLLM/CosyVoice2-0.5B", ", 24 kHz, streams"),
+            ("v3", "v3", 25, "FunAudioLLM/Fun-CosyVoice3-0.5B-2512", ", 24 kHz, streams"),
         )
     },
     "cvivit/mini": _mini("cvivit", "video", "cvivit/mini", "C-ViViT, causal in time, 64x64"),

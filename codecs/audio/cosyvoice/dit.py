@@ -10,6 +10,8 @@ Letters: B batch, T frames, M mel bands, D width, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -32,9 +34,7 @@ class DiT(nn.Module):
             nn.Linear(TIME, width), nn.SiLU(), nn.Linear(width, width)
         )
         self.input_embed = InputEmbedding(4 * mels, width)
-        self.rotary_embed = nn.Module()
-        rates = 10_000 ** -(torch.arange(0, width // heads, 2) / (width // heads))
-        self.rotary_embed.register_buffer("inv_freq", rates)
+        self.rotary_embed = Rotary(width // heads)
         self.transformer_blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
         self.norm_out = nn.Module()
         self.norm_out.linear = nn.Linear(width, 2 * width)
@@ -55,7 +55,7 @@ class DiT(nn.Module):
         known = torch.cat([x, prompt, mu, speaker], -1)
         x = self.input_embed(known)
         time = F.silu(self.time_embed.time_mlp(sinusoids(time.reshape(-1), TIME).to(x.dtype)))
-        turns = rotation(x.shape[1], self.rotary_embed.inv_freq, x)
+        turns = self.rotary_embed(x)
         seen = visible(0, x.shape[1], x.shape[1], n, chunk, x.device)
         for block in self.transformer_blocks:
             x = block(x, time, turns, seen)
@@ -121,15 +121,25 @@ class Attention(nn.Module):
         return self.to_out[0](rearrange(y, "b h t d -> b t (h d)"))
 
 
+class Rotary(nn.Module):
+    """The angles of each frame; their rates stay float32, since a rounded rate is far off after a thousand frames."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("inv_freq", 10_000 ** -(torch.arange(0, width, 2) / width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """For x [B, T, D], cosines and sines [2, T, d / 2]."""
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.inv_freq
+        return torch.stack([angles.cos(), angles.sin()]).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        return super()._apply(lambda t: t.to(fn(t).device), recurse)
+
+
 def norm(x: Tensor) -> Tensor:
     """Layer norm without parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def rotation(length: int, rates: Tensor, like: Tensor) -> Tensor:
-    """Cosines and sines of each frame's angles [2, T, d / 2]."""
-    angles = torch.arange(length, device=rates.device)[:, None] * rates.float()
-    return torch.stack([angles.cos(), angles.sin()]).to(like.dtype)
 
 
 def rotate_first(x: Tensor, turns: Tensor) -> Tensor:

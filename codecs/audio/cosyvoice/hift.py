@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -547,12 +548,19 @@ def table_generator() -> torch.Generator:
     The table is no part of the checkpoint: it is what the constructors left of seed 0 after the flow's table, the
     flow's embedding and the pitch predictor had drawn theirs, and one start phase of each sine.
     """
+    rng = torch.Generator()
+    rng.set_state(_table_state())
+    return rng
+
+
+@cache
+def _table_state() -> Tensor:
     rng = torch.Generator().manual_seed(TABLE_SEED)
     # A number costs the generator one step whatever its distribution is, so plain draws can stand for all.
     flow = 80 * 15_000 + 6561 * 80 + (192 + 1) * 80
     predictor = 512 * (80 * 4 + 1) + 4 * 512 * (512 * 3 + 1) + 512 + 1
     torch.rand(flow + predictor + 9, generator=rng)
-    return rng
+    return rng.get_state()
 
 
 def infer_config(
