@@ -14,6 +14,8 @@ from ..codecs.training import entry
 TASKS: dict[str, str] = {
     "pairs": f"{__package__}.tasks:PairsTask",
     "xar": f"{__package__}.xar_task:XARTask",
+    "vision": f"{__package__}.vision_training:VisionTask",
+    "dyvte": f"{__package__}.pruning.dyvte_training:DyVTETask",
 }
 CONFIGS = Path(__file__).parent / "configs"
 
