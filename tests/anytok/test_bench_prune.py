@@ -1,0 +1,75 @@
+"""The pruning bench: figures that are counted, not timed, and a command that prints them."""
+
+import json
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from anytok import bench_prune
+from anytok.backbone.transformer import TransformerConfig
+from anytok.bench_prune import Plan, flops, measure, prune, rows_of
+
+TINY = TransformerConfig(
+    vocab_size=32, width=16, ffn=24, layers=5, heads=2, kv_heads=1, context=128
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(bench_prune.SIZES, "tiny", TINY)
+
+
+PLAN = {"size": "tiny", "visual": 64, "text": 9, "new": 2, "rounds": 1}
+
+
+def test_lengths_and_bytes_are_what_was_asked_for():
+    results = measure(Plan(**PLAN, batch=2, shares=(0.5, 0.125)))
+    position = 2 * 1 * 8 * 4  # keys and values of one head of 8 floats
+    for r in results:
+        assert r.kv_bytes == 2 * position * sum(r.lengths)
+        assert r.prefill > r.choosing >= 0
+        assert r.step > 0
+        assert r.flops == pytest.approx(2 * flops(TINY, r.lengths))
+    by = {(r.method, r.share): r.lengths for r in results}
+    assert by["all", 1.0] == (73,) * 5
+    for method in bench_prune.METHODS:
+        assert by[method, 0.5] == (41,) * 5
+        assert by[method, 0.125] == (17,) * 5
+    # Cuts behind layers 1, 2 and 3: to 56, 40 and 8 of 64, as shares 7/8, 5/8 and 1/8.
+    assert by["transprune", 0.125] == (73, 65, 49, 17, 17)
+    assert by["dyvte", 0.0] == (73, 73, 9, 9, 9)
+    assert len(rows_of(results)) == len(results) == 1 + 2 * 6 + 1
+
+
+def test_flops_are_counted_right():
+    d, f, n = 16, 24, 10
+    matrices = d * 16 + 2 * d * 8 + 16 * d + 3 * d * f
+    attention = 2 * n * n * 16
+    assert flops(TINY, [n]) == 2 * n * matrices + attention
+    assert flops(TINY, [n, n]) == 2 * flops(TINY, [n])
+
+
+def test_the_command_prints_a_table_and_json():
+    app = typer.Typer()
+    app.command()(prune)
+    given = ["--size", "tiny", "--visual", "32", "--text", "6", "--rounds", "1", "--share", "0.25"]
+    threads = torch.get_num_threads()
+    shown = CliRunner().invoke(app, [*given, "--method", "divprune"])
+    assert shown.exit_code == 0, shown.output
+    assert "divprune 25.0%" in shown.output
+    told = CliRunner().invoke(app, [*given, "--method", "dyvte", "--json"])
+    methods = [r["method"] for r in json.loads(told.output)["results"]]
+    assert methods == ["all", "dyvte"]
+    assert torch.get_num_threads() == threads
+    wrong = CliRunner().invoke(app, [*given, "--method", "prumerge"])
+    assert wrong.exit_code == 2
+    assert "expected one of divprune" in wrong.output.replace("\n", " ")
+
+
+def test_impossible_plans_are_named():
+    with pytest.raises(ValueError, match="size is 'huge', expected one of mini, llamagen-b"):
+        Plan(size="huge")
+    with pytest.raises(ValueError, match="at most 128 in all"):
+        Plan(size="tiny", visual=200)
