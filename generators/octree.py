@@ -1,7 +1,8 @@
 """OctGPT's generation: an octree level by level, each in a few parallel steps, coarse to fine.
 
-    generator = OctreeGenerator(network, codec)
-    streams = generator([ShapeRequest(condition=3)])        # streams that the codec decodes to meshes
+    generator = load_generator("octgpt/category generator")
+    codec = load_codec(generator.codec)
+    meshes = codec.decode(generator.streams(codec, ["chair", "table"]))
 
 - A level begins fully masked. Each of its iterations runs the network once and draws some of the masked tokens, in a
   random order and by a cosine schedule; towards the end of the level doubtful ones are drawn again (remasking).
@@ -27,9 +28,12 @@ from ..codecs.codec import item_rngs
 from ..codecs.shape.octgpt import OctGPT
 from ..codecs.shape.octree import Octree, full_octree
 from ..codecs.stream import TokenStream
+from .octree_condition import Labels, Words
 from .octree_network import Conditioned, OctreeNetwork
 from .octree_windows import Tokens
 from .sampling import guided
+
+Reader = Labels | Words
 
 
 class OctreeTooBig(RuntimeError):
@@ -41,12 +45,12 @@ class ShapeRequest:
     """One shape to generate.
 
     Args:
-        condition: a label, or features [L, F] of a text or picture; None for no condition, where the network knows
-            what that means.
+        condition: a label, features [L, F] of a text or picture, or words, where the generator reads them; None for no
+            condition, where the network knows what that means.
         given: split bits [n] of the first levels, which are kept: a coarse shape to refine.
     """
 
-    condition: int | Tensor | None = None
+    condition: int | str | Tensor | None = None
     given: tuple[Tensor, ...] = ()
 
 
@@ -73,6 +77,8 @@ class OctreeOptions:
     max_nodes: int = 1 << 17
 
     def __post_init__(self):
+        for name in ("iterations", "temperatures", "doubt"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives lists
         if len(self.iterations) != len(self.temperatures) or min(self.iterations) < 1:
             raise ValueError(
                 f"iterations are {self.iterations} and temperatures {self.temperatures}, expected one of each a level"
@@ -88,8 +94,8 @@ class OctreeEvent:
     Args:
         depth, iteration, iterations: where the generation stands.
         masked: tokens of this level that each sample still lacks.
-        levels: the finished levels of each sample: split bits [n].
-        streams: one a sample, in the last event only.
+        levels: the finished levels of each sample: split bits [n], and in the last event the codes' bits [m, D].
+        done: whether this is the last event.
     """
 
     depth: int
@@ -97,7 +103,7 @@ class OctreeEvent:
     iterations: int
     masked: tuple[int, ...]
     levels: tuple[tuple[Tensor, ...], ...]
-    streams: tuple[TokenStream, ...] | None = None
+    done: bool = False
 
 
 class Draws:
@@ -155,41 +161,58 @@ class OctreeGenerator:
     """Masked generation with a network, for the streams of a codec.
 
     Args:
+        options: how to draw where a call does not say.
+        codec: the name of the codec whose streams it writes.
+        reader: what turns words into conditions.
         draws: what makes a sample's random choices from its generator.
-
-    Raises:
-        ValueError: network and codec speak of other streams.
     """
+
+    critic = None  # as other masked generators may have
 
     def __init__(
         self,
         network: OctreeNetwork,
-        codec: OctGPT,
         *,
+        options: OctreeOptions | None = None,
+        codec: str | None = None,
+        reader: Reader | None = None,
         draws: Callable[[torch.Generator], Draws] = Draws,
     ):
-        ours, theirs = network.config, codec.config.network
+        self.network = network.eval()
+        self.options = options or OctreeOptions()
+        self.codec = codec
+        self.reader = reader
+        self.draws = draws
+
+    def streams(
+        self,
+        codec: OctGPT,
+        conditions: Sequence[ShapeRequest | int | str | Tensor | None],
+        *,
+        options: OctreeOptions | None = None,
+        rng: Sequence[torch.Generator] | None = None,
+    ) -> list[TokenStream]:
+        """One stream of a codec for each condition or request; see `run`.
+
+        Raises:
+            ValueError: the codec's streams have other levels or codes.
+        """
+        ours, theirs = self.network.config, codec.config.network
         for name in ("full_depth", "code_depth", "code_bits"):
             if getattr(ours, name) != getattr(theirs, name):
                 raise ValueError(
                     f"the network's {name} is {getattr(ours, name)}, codec '{codec.spec.name}' has "
-                    f"{getattr(theirs, name)}"
+                    f"{getattr(theirs, name)}; load the codec that it was trained with"
+                    + (f": '{self.codec}'" if self.codec else "")
                 )
-        self.network = network.eval()
-        self.codec = codec
-        self.draws = draws
-
-    def __call__(
-        self,
-        requests: Sequence[ShapeRequest],
-        options: OctreeOptions | None = None,
-        rng: Sequence[torch.Generator] | None = None,
-    ) -> list[TokenStream]:
-        """One stream a request; see `run`."""
-        streams: tuple[TokenStream, ...] = ()
+        requests = [
+            one if isinstance(one, ShapeRequest) else ShapeRequest(condition=one)
+            for one in conditions
+        ]
+        levels: tuple[tuple[Tensor, ...], ...] = ()
         for event in self.run(requests, options, rng):
-            streams = event.streams or ()
-        return list(streams)
+            levels = event.levels
+        return [codec.stream(list(own)) for own in levels]
 
     def run(
         self,
@@ -197,7 +220,7 @@ class OctreeGenerator:
         options: OctreeOptions | None = None,
         rng: Sequence[torch.Generator] | None = None,
     ) -> Iterator[OctreeEvent]:
-        """An event an iteration; the last one has the streams. Closing the iterator cancels.
+        """An event an iteration; the last one has the codes too. Closing the iterator cancels.
 
         Args:
             rng: one generator a request; None draws each from seed 0.
@@ -206,7 +229,7 @@ class OctreeGenerator:
             ValueError: a condition or given levels that the network does not take, options of another depth.
             OctreeTooBig: while running.
         """
-        options = options or OctreeOptions()
+        options = options or self.options
         config = self.network.config
         depths = config.code_depth - config.full_depth + 1
         if len(options.iterations) != depths:
@@ -236,6 +259,12 @@ class OctreeGenerator:
 
     def _condition(self, request: ShapeRequest) -> int | Tensor:
         given = request.condition
+        if isinstance(given, str):
+            if self.reader is None:
+                raise ValueError(
+                    f"the condition is {given!r}, but this generator reads no words: give a label or features"
+                )
+            return self.reader(given)
         return self.network.no_condition if given is None else given
 
     def _given(self, number: int, levels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -398,16 +427,15 @@ class OctreeGenerator:
 
     def _finish(self, state: _State, level: _Level, steps: int) -> OctreeEvent:
         batch = state.tree.batch(level.depth)
-        streams = []
-        for b, splits in enumerate(state.levels):
-            streams.append(self.codec.stream([*splits, level.value[batch == b]]))
+        for b, levels in enumerate(state.levels):
+            levels.append(level.value[batch == b])
         return OctreeEvent(
             depth=level.depth,
             iteration=steps - 1,
             iterations=steps,
-            masked=(0,) * len(streams),
-            levels=tuple(tuple(rows) for rows in state.levels),
-            streams=tuple(streams),
+            masked=(0,) * len(state.levels),
+            levels=tuple(tuple(levels) for levels in state.levels),
+            done=True,
         )
 
 

@@ -78,7 +78,7 @@ class Labels:
 
 
 def from_header(header: Mapping[str, Any]) -> Words | Labels | None:
-    """What `load_network`'s header says about conditions; None where there are none.
+    """What the header of a saved generator says about conditions; None where there are none.
 
     Raises:
         ValueError: a kind that this version does not know.

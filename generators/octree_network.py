@@ -81,6 +81,10 @@ class OctreeNetworkConfig:
                 f"levels is {self.levels}, expected {self.code_depth - self.full_depth + 1} or more for depths "
                 f"{self.full_depth} to {self.code_depth}"
             )
+        if self.prefix < 1:
+            raise ValueError(
+                f"prefix is {self.prefix}, expected 1 or more: the encoder reads it first"
+            )
         if self.grid < 2**self.code_depth:
             raise ValueError(f"grid is {self.grid}, expected {2**self.code_depth} or more")
         if self.null and self.unconditional:

@@ -31,8 +31,9 @@ from ..codecs.training.engine import Task, adamw
 from ..codecs.training.entry import settings
 from ..modalities.errors import MediaError
 from ..modalities.shape import Shape
+from .octree import OctreeGenerator, OctreeOptions
 from .octree_condition import Labels, Words
-from .octree_files import save_network
+from .octree_files import save
 from .octree_network import OctreeNetwork, OctreeNetworkConfig
 from .octree_windows import Tokens
 
@@ -206,12 +207,15 @@ def _entropy(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 class OctreeTask(Task):
-    """Sections "model" (OctreeNetworkConfig), "data" (DataConfig), "loss" (MaskConfig)."""
+    """Sections "model" (OctreeNetworkConfig), "data" (DataConfig), "loss" (MaskConfig), "training" (OctreeOptions: how
+    the product draws).
+    """
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = dict(config)
         self.data = settings(DataConfig, config["data"], "data")
         self.masks = settings(MaskConfig, config.get("loss", {}), "loss")
+        self.drawing = settings(OctreeOptions, config.get("training", {}), "training")
         codec = load_codec(self.data.codec)
         if not isinstance(codec, OctGPT):
             raise ValueError(f"'{self.data.codec}' is no OctGPT codec: its streams have no levels")
@@ -321,17 +325,15 @@ class OctreeTask(Task):
 
     def export(self, networks: Mapping[str, Any], path: Path) -> None:
         """The network as one file in half precision."""
+        generator = OctreeGenerator(
+            networks["network"], options=self.drawing, codec=self.data.codec, reader=self.reader
+        )
         about = {
-            "condition": self.reader.to_json() if self.reader else {"kind": "none"},
+            "codec_identity": self.codec.identity,
             "trained_on": ", ".join(self.data.sets) + ", split train",
         }
-        save_network(
-            networks["network"],
-            path,
-            codec=self.codec.identity,
-            dtype=torch.float16,
-            about=about,
-        )
+        name = self.config.get("name", "octgpt/custom generator")
+        save(generator, path, name=name, dtype=torch.float16, about=about)
 
 
 def task(config: Mapping[str, Any]) -> OctreeTask:

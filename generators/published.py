@@ -65,7 +65,13 @@ class Row:
 
 
 # system -> module below anytok.generators
-SYSTEMS: dict[str, str] = {"class-maskgit": "image_maskgit"}
+SYSTEMS: dict[str, str] = {
+    "class-maskgit": "image_maskgit",
+    "phenaki": "phenaki",
+    "octgpt": "octree_files",
+    "masked-ar": "masked_ar",
+    "xar": "next_x",
+}
 
 
 def _titok(
@@ -115,6 +121,55 @@ def _onedpiece(size: str, temperature: float, cfg: float) -> tuple[str, Row]:
     return f"onedpiece/{size}-256 generator", row
 
 
+def _octgpt(
+    variant: str, file: str, codec: str, config: Mapping[str, Any], about: str
+) -> tuple[str, Row]:
+    row = Row(
+        system="octgpt",
+        codec=f"octgpt/{codec}",
+        files={"weights": File(name=f"octgpt_{file}.pth", repo="wst2001/OctGPT")},
+        config=config,
+        code_licence="MIT (file headers; the repository has no licence file)",
+        weights_licence="unknown (see the hub card)",
+        about=about,
+    )
+    return f"octgpt/{variant} generator", row
+
+
+def _tokenbridge(size: str, long: str, options: Mapping[str, Any], about: str) -> tuple[str, Row]:
+    row = Row(
+        system="masked-ar",
+        codec="tokenbridge/kl16-6bit",
+        files={
+            "weights": File(
+                name=f"tokenbridge/tokenbridge_{long}/checkpoint-last.pth",
+                repo="Epiphqny/TokenBridge",
+                alternatives=(f"tokenbridge_{long}/checkpoint-last.pth", "checkpoint-last.pth"),
+            )
+        },
+        options=options,
+        code_licence="MIT",
+        weights_licence="unknown (see the hub card)",
+        about=about,
+    )
+    return f"tokenbridge/{size} generator", row
+
+
+def _xar(size: str, options: Mapping[str, Any], about: str) -> tuple[str, Row]:
+    row = Row(
+        system="xar",
+        codec="kl16/mar",
+        files={"weights": File(name=f"xAR-{size.upper()}.pth", repo="OliverRen/xAR")},
+        options=options,
+        code_licence="none given",
+        weights_licence="none given",
+        about=about,
+    )
+    return f"xar/{size} generator", row
+
+
+OCTGPT_ALONE = {"window": 2048, "dilation": 2, "unconditional": True}
+
 # Where guidance is linear the published scale has an offset of one: theirs 4.5 is our cfg 5.5.
 GENERATORS: dict[str, Row] = dict(
     [
@@ -142,6 +197,46 @@ GENERATORS: dict[str, Row] = dict(
         _onedpiece("s", 3.0, 12.5),
         _onedpiece("b", 2.5, 8.5),
         _onedpiece("l", 3.0, 5.5),
+        _tokenbridge(
+            "l",
+            "large",
+            {"cfg": 3.1, "temperature": 0.96},
+            "ImageNet classes to 256 x 16 codes, 487M parameters, gFID 1.76",
+        ),
+        _tokenbridge(
+            "h",
+            "huge",
+            {"cfg": 3.45, "temperature": 0.91},
+            "ImageNet classes to 256 x 16 codes, 910M parameters, gFID 1.55",
+        ),
+        _xar("b", {"steps": 40, "cfg": 2.7}, "ImageNet classes to KL-16 latents, gFID 1.72"),
+        _xar("l", {"steps": 50, "cfg": 2.3}, "ImageNet classes to KL-16 latents, 608M parameters"),
+        _xar("h", {"steps": 50, "cfg": 2.2}, "ImageNet classes to KL-16 latents, gFID 1.24"),
+        *(
+            _octgpt(name, name, "large", OCTGPT_ALONE, f"shapes of one ShapeNet class: {name}")
+            for name in ("airplane", "car", "chair", "rifle", "table")
+        ),
+        _octgpt(
+            "category",
+            "im5",
+            "large-category",
+            {"window": 1024, "dilation": 16},
+            "five ShapeNet classes to shapes, 170M parameters",
+        ),
+        _octgpt(
+            "text",
+            "objv_text",
+            "large-objaverse",
+            {"window": 1024, "dilation": 8, "prefix": 77},
+            "CLIP ViT-L/14 text features [77, 768] to shapes, 440M parameters",
+        ),
+        _octgpt(
+            "room",
+            "room",
+            "large-room",
+            {"window": 1024, "dilation": 4, "unconditional": True},
+            "synthetic rooms, 173M parameters",
+        ),
     ]
 )
 

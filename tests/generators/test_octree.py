@@ -45,6 +45,14 @@ def codec() -> OctGPT:
     return OctGPT(OctGPTConfig(network=network))
 
 
+def bound(network, codec):
+    """What writes streams of the codec for requests."""
+    generator = OctreeGenerator(network)
+    return lambda requests, options=None, rng=None: generator.streams(
+        codec, requests, options=options, rng=rng
+    )
+
+
 def rngs(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -54,9 +62,7 @@ def same(a, b) -> bool:
 
 
 def test_streams_are_the_codecs(codec):
-    streams = OctreeGenerator(tiny(), codec)(
-        [ShapeRequest(condition=0), ShapeRequest(condition=2)], STEPS, rngs(0, 1)
-    )
+    streams = bound(tiny(), codec)([0, 2], STEPS, rngs(0, 1))
     for stream in streams:
         codec.check(stream)
         assert len(stream.parts[0].codes) == 8
@@ -64,7 +70,7 @@ def test_streams_are_the_codecs(codec):
 
 
 def test_samples_are_independent_of_their_batch(codec):
-    generator = OctreeGenerator(tiny(), codec)
+    generator = bound(tiny(), codec)
     requests = [ShapeRequest(condition=c) for c in (0, 1, 2)]
     together = generator(requests, STEPS, rngs(3, 4, 5))
     for i, request in enumerate(requests):
@@ -77,31 +83,30 @@ def test_samples_are_independent_of_their_batch(codec):
 def test_schedule(codec, joint):
     options = replace(STEPS, joint=joint)
     requests = [ShapeRequest(condition=0), ShapeRequest(condition=1)]
-    events = list(OctreeGenerator(tiny(), codec).run(requests, options, rngs(0, 1)))
+    events = list(OctreeGenerator(tiny(), options=options).run(requests, rng=rngs(0, 1)))
     assert len(events) == 12
     assert [e.iteration for e in events[:3]] == [0, 1, 2]
-    assert events[-1].streams is not None
+    assert [e.done for e in events] == [False] * 11 + [True]
     for e in events:
         last = e.iteration + 1 == e.iterations
-        stream = events[-1].streams
-        sizes = [len(s.parts[e.depth - 1].codes) for s in stream]
+        sizes = [len(levels[e.depth - 1]) for levels in events[-1].levels]
         part = math.cos(math.pi / 2 * (e.iteration + 1) / e.iterations)
         if joint:
             expected = 0 if last else math.floor(sum(sizes) * part)
             assert sum(e.masked) == expected
         else:
             assert e.masked == tuple(0 if last else max(1, math.floor(n * part)) for n in sizes)
-        assert all(len(levels) == e.depth - 1 for levels in e.levels[:1]) or e.streams
+        assert all(len(levels) == e.depth - 1 + e.done for levels in e.levels)
 
 
 def test_more_iterations_than_tokens(codec):
     options = OctreeOptions(iterations=(20, 3, 3), temperatures=(1.0, 1.0, 1.0))
-    (stream,) = OctreeGenerator(tiny(), codec)([ShapeRequest(condition=0)], options)
+    (stream,) = bound(tiny(), codec)([ShapeRequest(condition=0)], options)
     codec.check(stream)
 
 
 def test_given_levels_are_kept(codec):
-    generator = OctreeGenerator(tiny(), codec)
+    generator = bound(tiny(), codec)
     bits = torch.tensor([1, 0, 0, 0, 0, 1, 0, 0])
     requests = [ShapeRequest(condition=0, given=(bits,)), ShapeRequest(condition=1)]
     kept, free = generator(requests, STEPS, rngs(0, 1))
@@ -124,7 +129,7 @@ def test_given_levels_are_kept(codec):
 
 def test_guidance(codec):
     network = tiny(null=True)
-    generator = OctreeGenerator(network, codec)
+    generator = bound(network, codec)
     plain, guided = (
         generator([ShapeRequest(condition=0)], replace(STEPS, cfg=cfg))[0] for cfg in (1.0, 6.0)
     )
@@ -134,12 +139,12 @@ def test_guidance(codec):
     free = generator([none, none], replace(STEPS, cfg=6.0), rngs(2, 3))
     assert all(same(a, b) for a, b in zip(free, generator([none, none], STEPS, rngs(2, 3))))
     with pytest.raises(ValueError, match="without a null condition"):
-        OctreeGenerator(tiny(), codec)([ShapeRequest(condition=0)], replace(STEPS, cfg=2.0))
+        bound(tiny(), codec)([ShapeRequest(condition=0)], replace(STEPS, cfg=2.0))
 
 
 def test_features_steer_and_do_not_mix(codec):
     network = tiny(features=6, cross=True, null=True)
-    generator = OctreeGenerator(network, codec)
+    generator = bound(network, codec)
     rng = torch.Generator().manual_seed(0)
     short, long = torch.randn(1, 6, generator=rng) * 9, torch.randn(4, 6, generator=rng) * 9
     requests = [ShapeRequest(condition=c) for c in (short, long, None)]
@@ -158,7 +163,7 @@ def test_an_empty_level_splits_its_likeliest_node(codec):
     for joint in (False, True):
         requests = [ShapeRequest(condition=0), ShapeRequest(condition=1)]
         options = replace(STEPS, joint=joint)
-        for stream in OctreeGenerator(network, codec)(requests, options, rngs(0, 1)):
+        for stream in bound(network, codec)(requests, options, rngs(0, 1)):
             assert [int(p.codes.sum()) for p in stream.parts[:2]] == [1, 1]
 
 
@@ -166,15 +171,17 @@ def test_bounds(codec):
     network = tiny()
     with torch.no_grad():
         network.split_head.bias.copy_(torch.tensor([-60.0, 60.0]))
-    generator = OctreeGenerator(network, codec)
+    generator = bound(network, codec)
     with pytest.raises(OctreeTooBig, match="sample 0 has 64 nodes at depth 2, expected at most 50"):
         generator([ShapeRequest(condition=0)], replace(STEPS, max_nodes=50))
     with pytest.raises(ValueError, match="4 iteration counts given, the network has 3 levels"):
         generator([ShapeRequest(condition=0)])
+    with pytest.raises(ValueError, match="reads no words"):
+        generator(["chair"], STEPS)
     with pytest.raises(ValueError, match="no requests"):
         generator([], STEPS)
     with pytest.raises(ValueError, match="the network's code_bits is 5"):
-        OctreeGenerator(tiny(code_bits=5), codec)
+        bound(tiny(code_bits=5), codec)([0], STEPS)
     with pytest.raises(ValueError, match="temperatures"):
         replace(STEPS, temperatures=(1.0, 0.0, 1.0))
 
@@ -223,11 +230,9 @@ def test_traces_equal_the_published_ones(name, monkeypatch):
         iterations=tuple(cfg["num_iters"]), temperatures=tuple(cfg["start_temperature"]), joint=True
     )
     vqvae = VQVAE.from_published(golden["vq_state_dict"], {"full_depth": 3})
-    generator = OctreeGenerator(
-        fixture_network(golden), OctGPT(OctGPTConfig(network=vqvae.config)), draws=Replay
-    )
-    conditions = fixture_conditions(golden, len(golden["points"]))
-    streams = generator([ShapeRequest(condition=c) for c in conditions], options)
+    codec = OctGPT(OctGPTConfig(network=vqvae.config))
+    generator = OctreeGenerator(fixture_network(golden), options=options, draws=Replay)
+    streams = generator.streams(codec, fixture_conditions(golden, len(golden["points"])))
     bits = torch.cat([s.parts[0].codes[:, 0] for s in streams])
     assert torch.equal(bits, (golden["gen_children"][3] >= 0).long())
     codes = torch.cat([s.parts[1].codes for s in streams])

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from anytok.codecs.published import WeightsError
+from anytok.codecs.published import Weights, WeightsError
 from anytok.codecs.shape.octree import full_octree
-from anytok.generators.octree_files import load_network, save_network
+from anytok.generators.octree import OctreeGenerator, OctreeOptions
+from anytok.generators.octree_condition import Labels
+from anytok.generators.octree_files import CATEGORIES, build, save
 from anytok.generators.octree_network import OctreeNetwork, OctreeNetworkConfig, infer_config
 from anytok.generators.octree_windows import Tokens, cut_windows
+from anytok.generators.published import Row, load_generator
 from tests.golden.load import HERE, load_golden
 
 TINY = OctreeNetworkConfig(
@@ -206,21 +209,26 @@ def test_gradients_reach_every_parameter(changes):
 
 
 def test_files(tmp_path):
-    network = tiny()
-    save_network(network, tmp_path / "own.safetensors", codec="octgpt/mini@12345678")
-    again, header = load_network(tmp_path / "own.safetensors")
-    assert again.config == network.config
-    assert header["codec"] == "octgpt/mini@12345678"
-    for a, b in zip(network.parameters(), again.parameters()):
+    options = OctreeOptions(iterations=(2, 3, 4), temperatures=(1.0, 1.0, 0.5), cfg=1.5)
+    reader = Labels(("a", "b", "c"))
+    generator = OctreeGenerator(tiny(), options=options, codec="octgpt/mini", reader=reader)
+    save(generator, tmp_path / "own.safetensors", name="octgpt/test generator")
+    again = load_generator(tmp_path / "own.safetensors")
+    assert again.network.config == generator.network.config
+    assert (again.options, again.codec, again.reader) == (options, "octgpt/mini", reader)
+    for a, b in zip(generator.network.parameters(), again.network.parameters()):
         assert torch.equal(a, b)
-    torch.save(network.state_dict(), tmp_path / "octgpt_im5.pth")
-    given = {"full_depth": 1, "code_depth": 3, "heads": 2, "grid": 16}
-    published, header = load_network(tmp_path / "octgpt_im5.pth", given)
-    assert header == {}
-    assert (published.config.window, published.config.dilation) == (1024, 16)
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other.pth: not an OctGPT transformer"):
-        load_network(tmp_path / "other.pth")
+
+
+def test_published_files(tmp_path):
+    five = tiny(classes=5).state_dict()
+    given = {"full_depth": 1, "code_depth": 3, "heads": 2, "grid": 16, "prefix": 4}
+    row = Row(system="octgpt", codec="octgpt/large-category", config=given)
+    built = build({"weights": Weights({f"module.{k}": v for k, v in five.items()})}, row)
+    assert built.reader == CATEGORIES
+    assert built.network.config == replace(TINY, classes=5, window=2048, dilation=2, dropout=0.1)
+    with pytest.raises(WeightsError, match=r"not an OctGPT transformer, key .* missing"):
+        build({"weights": Weights({"weight": torch.zeros(1)}, source="other.pth")}, row)
 
 
 def test_errors():
@@ -230,7 +238,14 @@ def test_errors():
         tiny(features=8).condition([torch.zeros(9, 8)])
     with pytest.raises(ValueError, match="without a null condition"):
         tiny().no_condition  # noqa: B018
-    for changes in ({"width": 32}, {"blocks": 3}, {"window": 7}, {"levels": 2}, {"cross": True}):
+    for changes in (
+        {"width": 32},
+        {"blocks": 3},
+        {"window": 7},
+        {"levels": 2},
+        {"prefix": 0},
+        {"cross": True},
+    ):
         with pytest.raises(ValueError, match=next(iter(changes))):
             replace(TINY, **changes)
     with pytest.raises(ValueError, match="grid is 4"):

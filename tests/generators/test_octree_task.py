@@ -10,8 +10,8 @@ import torch
 
 from anytok.codecs.training.engine import RunConfig, run
 from anytok.generators.octree_condition import Labels, Words, from_header
-from anytok.generators.octree_files import load_network
 from anytok.generators.octree_task import Item, MaskConfig, join, masked_losses, task
+from anytok.generators.published import load_generator
 from tests.golden.load import load_golden
 
 SAMPLES = Path(__file__).parents[2] / "assets" / "samples"
@@ -29,6 +29,7 @@ def config(folder: Path, **model) -> dict:
             "condition": "text" if "features" in model else "category",
         },
         "loss": {"lr": 3e-3, "flip": 0.05},
+        "training": {"iterations": [2, 2, 2], "temperatures": [1.0, 1.0, 0.5], "cfg": 1.5},
     }
 
 
@@ -58,11 +59,11 @@ def test_a_few_steps_lower_the_loss(folder, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in log if "loss" in row]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    network, header = load_network(product)
-    assert header["codec"] == made.codec.identity
-    words = from_header(header)
-    assert words == Words(24, 4)
-    assert network.condition([words("blocks")]).features is not None
+    generator = load_generator(product)
+    assert (generator.codec, generator.reader) == ("octgpt/mini", Words(24, 4))
+    assert generator.options.iterations == (2, 2, 2)
+    (stream,) = generator.streams(made.codec, ["shape blocks"])
+    made.codec.check(stream)
 
 
 def test_categories_become_labels(folder):
