@@ -143,6 +143,16 @@ class KVCache:
         self.keys, self.values = self.keys[:, index], self.values[:, index]
         self._lengths = [[lengths[row] for row in rows] for lengths in self._lengths]
 
+    def join(self, other: KVCache) -> None:
+        """Add the rows of another cache behind these (requests that begin later)."""
+        if other.capacity > self.capacity:
+            self._grow(other.capacity)
+        pad = (0, 0, 0, self.capacity - other.capacity)
+        for name in ("keys", "values"):
+            more = torch.nn.functional.pad(getattr(other, name), pad)
+            setattr(self, name, torch.cat([getattr(self, name), more], 1))
+        self._lengths = [a + b for a, b in zip(self._lengths, other._lengths)]
+
     def fork(self, n: int) -> KVCache:
         """A copy with each row n times: [r0, r0, ..., r1, r1, ...]."""
         copy = object.__new__(KVCache)

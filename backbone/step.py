@@ -14,18 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KVCache
+from .int8 import Int8Linear
 from .transformer import RMSNorm, Transformer
 
 
 class _Layer(NamedTuple):
     norm: RMSNorm
-    qkv: Tensor
+    qkv: Tensor | Int8Linear
     bias: Tensor | None
     head_norms: tuple[RMSNorm, RMSNorm] | None
-    out: Tensor
+    out: Tensor | Int8Linear
     second_norm: RMSNorm
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | Int8Linear
+    down: Tensor | Int8Linear
 
 
 class Stepper:
@@ -33,12 +34,13 @@ class Stepper:
 
     Args:
         model: after `fuse()`.
+        int8: layers in eight bits (CPUs only); the head stays as it is.
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, *, int8: bool = False):
         self.model = model
         self.table = model.model.embed_tokens.weight
-        self.layers = [_parts(layer) for layer in model.model.layers]
+        self.layers = [_parts(layer, int8) for layer in model.model.layers]
         self.learned = model.config.positions == "learned"
         c = model.config
         self.heads, self.kv_heads, self.head_size = c.heads, c.kv_heads, c.head_size
@@ -58,11 +60,11 @@ class Stepper:
         turns = self._turns(positions, x.dtype)
         mask = cache.mask(0, 1)
         for i, layer in enumerate(self.layers):
-            y = F.linear(_normed(x, layer.norm), layer.qkv, layer.bias)
+            y = _linear(_normed(x, layer.norm), layer.qkv, layer.bias)
             y = self._attend(y, i, layer.head_norms, turns, mask, cache)
-            x = x + F.linear(y, layer.out)
-            gate, up = F.linear(_normed(x, layer.second_norm), layer.gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate).mul_(up), layer.down)
+            x = x + _linear(y, layer.out)
+            gate, up = _linear(_normed(x, layer.second_norm), layer.gate_up).chunk(2, -1)
+            x = x + _linear(F.silu(gate).mul_(up), layer.down)
         return _normed(x, model.model.norm)
 
     def _attend(
@@ -107,16 +109,24 @@ def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
     return norm(x)
 
 
-def _parts(layer: Any) -> _Layer:
+def _linear(x: Tensor, weight: Tensor | Int8Linear, bias: Tensor | None = None) -> Tensor:
+    return weight(x) if isinstance(weight, Int8Linear) else F.linear(x, weight, bias)
+
+
+def _parts(layer: Any, int8: bool) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv, bias = attention.fused
+    out, gate_up, down = attention.o_proj.weight, mlp.fused, mlp.down_proj.weight
+    if int8:
+        qkv = Int8Linear(qkv, bias)
+        out, gate_up, down = Int8Linear(out), Int8Linear(gate_up), Int8Linear(down)
     return _Layer(
         norm=layer.input_layernorm,
         qkv=qkv,
         bias=bias,
         head_norms=(attention.q_norm, attention.k_norm) if attention.qk_norm else None,
-        out=attention.o_proj.weight,
+        out=out,
         second_norm=layer.post_attention_layernorm,
-        gate_up=mlp.fused,
-        down=mlp.down_proj.weight,
+        gate_up=gate_up,
+        down=down,
     )

@@ -4,13 +4,18 @@
 - A row's ids do not depend on its batch-mates: attention sees its own positions, draws come from its own generator.
 - The grammar saves work: only the rows of the head that may come next are multiplied, an id that is forced is not
   computed at all, and what is forced at the end needs no step.
-- With guidance a request has two rows of the cache, one with the condition and one without.
+- With guidance a request has two rows of the cache, one with the condition and one without; the second goes as soon as
+  nothing that may still be written is guided.
+- Prompts that are the same, as those of several samples, are read once.
+- With `rows`, so many requests run at once; as one ends the next takes its place.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +33,7 @@ Options = Sampling | Mapping[str, Sampling]
 
 @dataclass
 class _Row:
-    """One request in progress; `cache` are its rows: with the condition, and without."""
+    """One request in progress. `guided`: it has a row without the condition, too."""
 
     number: int
     request: Request
@@ -47,11 +52,23 @@ class Autoregressive:
     Args:
         model: fused here for inference (`Transformer.fuse`).
         grammar: what may be written; None for free text.
+        rows: the most requests at once; None for all.
+        int8: layers of steps in eight bits (`Int8Linear`); prompts are read as ever.
     """
 
-    def __init__(self, model: Transformer, grammar: Grammar | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        grammar: Grammar | None = None,
+        *,
+        rows: int | None = None,
+        int8: bool = False,
+    ):
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows is {rows}, expected 1 or more, or None for all at once")
+        self.rows = rows
         self.model = model.fuse()
-        self.step = Stepper(model)
+        self.step = Stepper(model, int8=int8)
         self.grammar = grammar
 
     def run(
@@ -69,9 +86,8 @@ class Autoregressive:
             ValueError: a request that does not fit the context, guidance without a null.
         """
         options = Sampling(temperature=0) if options is None else options
-        guided = any(_guidance(request, options) for request in requests)
         rows = [
-            self._row(i, request, guided, g)
+            self._row(i, request, _guidance(request.state, options, 0), g)
             for i, (request, g) in enumerate(zip(requests, item_rngs(rng, len(requests))))
         ]
         return self._loop(rows, options)
@@ -96,17 +112,26 @@ class Autoregressive:
         for row in rows:
             self._force(row)
         yield from (_event(row) for row in rows if row.fresh or row.reason)
-        rows = [row for row in rows if row.reason is None]
-        if not rows:
-            return
-        cache, hidden, null = self._prefill(rows)
-        while True:
-            self._write(rows, hidden, null, options)
-            yield from (_event(row) for row in rows if row.fresh)
-            rows = _leave(rows, cache)
-            if not rows:
-                return
-            hidden, null = self._step(rows, cache)
+        waiting = deque(row for row in rows if row.reason is None)
+        rows = []
+        cache: KVCache | None = None
+        while rows or waiting:
+            if rows and cache is not None:
+                self._write(rows, *self._step(rows, cache), options)
+                yield from (_event(row) for row in rows if row.fresh)
+                rows, _ = _leave(rows, cache, options)
+            fresh = [waiting.popleft() for _ in range(self._room(len(rows), len(waiting)))]
+            if fresh:
+                own, hidden, null = self._prefill(fresh)
+                self._write(fresh, hidden, null, options)
+                yield from (_event(row) for row in fresh if row.fresh)
+                fresh, _ = _leave(fresh, own, options)
+            if fresh:
+                rows, cache = _joined(rows, cache, fresh, own)
+
+    def _room(self, running: int, waiting: int) -> int:
+        """How many requests may begin."""
+        return waiting if self.rows is None else min(waiting, self.rows - running)
 
     def _force(self, row: _Row) -> None:
         """Write what the grammar leaves no choice about; decide whether the request is finished."""
@@ -133,25 +158,41 @@ class Autoregressive:
         elif id == row.request.end:
             row.reason = "end"
 
-    def _prefill(self, rows: list[_Row]) -> tuple[KVCache, Tensor, Tensor | None]:
+    def _prefill(self, rows: Sequence[_Row]) -> tuple[KVCache, Tensor, Tensor | None]:
         """The prompts, right-padded: the cache, and hidden states [B, D] of each row's last position."""
-        prompts = [self._embedded(r, r.request.ids, r.request.embeddings) for r in rows]
-        if rows[0].guided:
-            prompts += [
-                self._embedded(r, r.request.null_ids, r.request.null_embeddings) for r in rows
-            ]
+        read = self._read(rows)
+        last = torch.tensor(read.counts, device=read.hidden.device) - 1
+        hidden = read.hidden[torch.arange(len(last), device=last.device), last]
+        if read.same is not None:
+            hidden = hidden[read.same]
+            read.cache.take(read.same)
+        for row in rows:
+            row.feed.clear()
+        return read.cache, *_halves(hidden, rows)
+
+    def _read(self, rows: Sequence[_Row]) -> _Read:
+        """Run the prompts, those with the condition first; the same prompt once."""
+        sides = [(r, r.request.ids, r.request.embeddings) for r in rows]
+        sides += [(r, r.request.null_ids, r.request.null_embeddings) for r in rows if r.guided]
+        numbers: dict[object, int] = {}
+        firsts, same = [], []
+        for side in sides:
+            row, ids, embeddings = side
+            given = () if ids is None else tuple(ids.tolist())
+            key = (given, tuple(row.feed), None if embeddings is None else id(embeddings))
+            if key not in numbers:
+                numbers[key] = len(numbers)
+                firsts.append(side)
+            same.append(numbers[key])
+        prompts = [self._embedded(*side) for side in firsts]
         counts = [len(prompt) for prompt in prompts]
         most = max(
             _length(r.request.ids, r.request.embeddings) + r.request.max_tokens for r in rows
         )
         cache = self.model.cache(len(prompts), most)
         padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        last = torch.tensor(counts, device=padded.device) - 1
-        out = self.model(embeddings=padded, cache=cache, counts=counts, keep=0)
-        hidden = out.hidden[torch.arange(len(prompts), device=padded.device), last]
-        for row in rows:
-            row.feed.clear()
-        return cache, *_halves(hidden, rows)
+        hidden = self.model(embeddings=padded, cache=cache, counts=counts, keep=0).hidden
+        return _Read(cache, hidden, counts, same if len(firsts) < len(sides) else None)
 
     def _embedded(self, row: _Row, ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
         """Condition, prompt and forced ids of a row: [L, D]."""
@@ -165,14 +206,14 @@ class Autoregressive:
     def _step(self, rows: list[_Row], cache: KVCache) -> tuple[Tensor, Tensor | None]:
         """Feed one id a row."""
         ids = [row.feed.pop(0) for row in rows]
-        if rows[0].guided:
-            ids += ids
+        ids += [ids[i] for i in _nulls(rows)]
         return _halves(self.step(torch.tensor(ids, device=cache.keys.device), cache), rows)
 
     def _write(
         self, rows: list[_Row], hidden: Tensor, null: Tensor | None, options: Options
     ) -> None:
         """Draw the next id of each row that has none waiting; rows with the same choice go together."""
+        own = {i: n for n, i in enumerate(_nulls(rows))}
         groups: dict[tuple[tuple[Range, ...], Sampling], list[int]] = {}
         for i, row in enumerate(rows):
             if not row.feed:
@@ -181,7 +222,8 @@ class Autoregressive:
             whole = len(members) == len(rows)
             logits = self._logits(hidden if whole else hidden[members], ranges)
             if null is not None and sampling.cfg != 1:
-                other = self._logits(null if whole else null[members], ranges)
+                others = null if whole else null[[own[i] for i in members]]
+                other = self._logits(others, ranges)
                 logits = guided(logits, other, sampling.cfg)
             chosen = draw(logits, sampling, [rows[i].rng for i in members])
             for i, index in zip(members, chosen):
@@ -194,10 +236,8 @@ class Autoregressive:
         return self.grammar.allowed(row.state)
 
     def _sampling(self, row: _Row, options: Options) -> Sampling:
-        if isinstance(options, Sampling):
-            return options
         modality = row.state.modality if row.state is not None else ""
-        return options.get(modality, Sampling(temperature=0))
+        return _at(options, modality, row.written)
 
     def _logits(self, hidden: Tensor, ranges: tuple[Range, ...]) -> Tensor:
         """Logits [B, n] of the ids in `ranges`, one range behind another."""
@@ -205,15 +245,36 @@ class Autoregressive:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _guidance(request: Request, options: Options) -> bool:
-    """Whether anything that the request may write is guided."""
+class _Read(NamedTuple):
+    """Prompts that were run, each once.
+
+    Args:
+        hidden: [P, L, D].
+        counts: their lengths.
+        same: which of them each row of the requests has; None where every row has its own.
+    """
+
+    cache: KVCache
+    hidden: Tensor
+    counts: list[int]
+    same: list[int] | None
+
+
+def _at(options: Options, modality: str, written: int) -> Sampling:
+    """How an id of a modality is drawn, once `written` ids stand."""
+    if not isinstance(options, Sampling):
+        options = options.get(modality, Sampling(temperature=0))
+    return options if options.guides(written) or options.cfg == 1 else options.unguided
+
+
+def _guidance(state: State | None, options: Options, written: int) -> bool:
+    """Whether anything that may still be written is guided."""
     if isinstance(options, Sampling):
-        return options.cfg != 1
-    state = request.state
-    written = set(options)
+        return options.guides(written)
+    coming = set(options)
     if state is not None and state.plan is not None:
-        written = {*state.plan, state.modality}
-    return any(one.cfg != 1 for modality, one in options.items() if modality in written)
+        coming = {*state.plan, state.modality}
+    return any(one.guides(written) for modality, one in options.items() if modality in coming)
 
 
 def _length(ids: Tensor | None, embeddings: Tensor | None) -> int:
@@ -226,17 +287,42 @@ def _event(row: _Row) -> Event:
     return Event(row.number, ids, row.written, row.reason)
 
 
-def _halves(hidden: Tensor, rows: list[_Row]) -> tuple[Tensor, Tensor | None]:
-    return (hidden[: len(rows)], hidden[len(rows) :]) if rows[0].guided else (hidden, None)
+def _nulls(rows: Sequence[_Row]) -> list[int]:
+    """Requests that have a row without the condition; these rows follow all others in the cache."""
+    return [i for i, row in enumerate(rows) if row.guided]
 
 
-def _leave(rows: list[_Row], cache: KVCache) -> list[_Row]:
-    """The rows that go on; the others' cache is let go."""
+def _halves(hidden: Tensor, rows: Sequence[_Row]) -> tuple[Tensor, Tensor | None]:
+    return (hidden[: len(rows)], hidden[len(rows) :]) if len(hidden) > len(rows) else (hidden, None)
+
+
+def _leave(
+    rows: list[_Row], cache: KVCache, options: Options
+) -> tuple[list[_Row], list[int] | None]:
+    """The requests that go on, and the cache's rows that were kept (None: all); the others' are let go."""
     stay = [i for i, row in enumerate(rows) if row.reason is None]
-    if len(stay) < len(rows) and stay:
-        halves = (0, len(rows)) if rows[0].guided else (0,)
-        cache.take([half + i for half in halves for i in stay])
-    return [rows[i] for i in stay]
+    before = _nulls(rows)
+    for row in rows:
+        row.guided = row.guided and _guidance(row.state, options, row.written)
+    kept = [len(rows) + n for n, i in enumerate(before) if i in stay and rows[i].guided]
+    if len(stay) == len(rows) and len(kept) == len(before):
+        return rows, None
+    if stay:
+        cache.take([*stay, *kept])
+    return [rows[i] for i in stay], [*stay, *kept]
+
+
+def _joined(
+    rows: list[_Row], cache: KVCache | None, fresh: list[_Row], own: KVCache
+) -> tuple[list[_Row], KVCache]:
+    """Requests that run and those that begin, in one cache."""
+    if cache is None or not rows:
+        return fresh, own
+    held = cache.rows
+    cache.join(own)
+    new = range(held, cache.rows)
+    cache.take([*range(len(rows)), *new[: len(fresh)], *range(len(rows), held), *new[len(fresh) :]])
+    return rows + fresh, cache
 
 
 def _id(index: int, ranges: tuple[Range, ...]) -> int:

@@ -189,6 +189,11 @@ class Session:
         """Drop the branches."""
         self.cache.rewind(self._held)
 
+    def join(self, other: Session) -> None:
+        """Add another session's rows behind these."""
+        self.cache.join(other.cache)
+        self._held += other._held
+
     def take(self, rows: Sequence[int]) -> None:
         """Keep these rows."""
         self.cache.take(rows)

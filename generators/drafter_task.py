@@ -28,6 +28,7 @@ from ..backbone.directory import load_model
 from ..backbone.interleave import PLACE, Packed
 from ..backbone.tasks import Pair, Pairs, PairsConfig, build, collate
 from ..backbone.transformer import Transformer
+from ..codecs.registry import load_codec
 from ..codecs.training.engine import Task, adamw
 from ..codecs.training.entry import settings
 from .drafter import Drafter, save_drafter
@@ -61,7 +62,8 @@ class DrafterTask(Task):
         pairs = [settings(Pair, pair, "data.pairs") for pair in config["data"]["pairs"]]
         self.data = settings(PairsConfig, {**config["data"], "pairs": pairs}, "data")
         self.corpora = [Corpus(Path(self.data.root) / path) for path in self.data.corpora]
-        self.target = load_model(self.settings.target)
+        codecs = {m: load_codec(name) for m, name in self.data.codecs.items()}
+        self.target = load_model(self.settings.target, codecs=codecs)
         for corpus in self.corpora:
             corpus.check(list(self.target.interleaver.rules.values()))
         blocks = self.target.interleaver.vocabulary.blocks

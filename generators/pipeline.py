@@ -30,8 +30,11 @@ from ..codecs.stream import TokenStream
 from ..modalities.media import MODALITIES, Media
 from ..modalities.text import Text
 from .autoregressive import Autoregressive
+from .drafter import Drafter, load_drafter
 from .generator import Event, Request
+from .neighbours import NeighbourTable, Relatives
 from .sampling import Sampling
+from .speculative import Speculation, Speculative
 
 Prompt = str | Media | Sequence["str | Media"]
 MODELS = {"anytok/mini": "backbone-mini"}
@@ -89,6 +92,8 @@ class AnyToAny:
     def __init__(self, model: Model):
         self.model = model
         self.interleaver = model.interleaver
+        self.decoder: Autoregressive | None = None  # of the last call
+        self._leaps: tuple[Drafter, Speculation, Relatives | None, bool] | None = None
         model.transformer.fuse()
 
     @classmethod
@@ -184,9 +189,61 @@ class AnyToAny:
         settings = self.model.generation.items()
         defaults = {m: int(own["units"]) for m, own in settings if "units" in own}
         grammar = Grammar(self.interleaver, limits={**defaults, **(units or {})})
-        requests = [self._request(streams[j.prompt], plans[j.prompt], grammar) for j in jobs]
-        decoder = Autoregressive(self.model.transformer, grammar)
-        return self._run(jobs, requests, decoder, drawing, spent, every)
+        # Samples of a prompt share its request, so that it is read once.
+        own = [self._request(media, plan, grammar) for media, plan in zip(streams, plans)]
+        requests = [own[j.prompt] for j in jobs]
+        self.decoder = self._decoder(grammar)
+        return self._run(jobs, requests, self.decoder, drawing, spent, every)
+
+    def speculate(
+        self,
+        drafter: str | Path | Drafter | None,
+        speculation: Speculation | None = None,
+        *,
+        audit: bool = False,
+    ) -> AnyToAny:
+        """Write in leaps from now on (`speculative.py`), or, with None, id by id again.
+
+        Args:
+            drafter: of this model, or its file.
+            audit: enumerate how far each id's law is from the model's; costs time.
+
+        Raises:
+            DrafterError: a drafter of another model.
+        """
+        if drafter is None:
+            self._leaps = None
+            return self
+        if not isinstance(drafter, Drafter):
+            drafter = load_drafter(drafter, self.model.transformer)
+        speculation = Speculation() if speculation is None else speculation
+        relatives = None if speculation.mode == "lossless" else self._relatives(speculation.k + 1)
+        self._leaps = (drafter, speculation, relatives, audit)
+        return self
+
+    def _decoder(self, grammar: Grammar) -> Autoregressive:
+        if self._leaps is None:
+            return Autoregressive(self.model.transformer, grammar)
+        drafter, speculation, relatives, audit = self._leaps
+        return Speculative(
+            self.model.transformer,
+            drafter,
+            grammar,
+            speculation=speculation,
+            relatives=relatives,
+            audit=audit,
+        )
+
+    def _relatives(self, k: int) -> Relatives:
+        """Neighbours of the codes of every codec that knows its codes' vectors."""
+        tables = []
+        for modality in self.interleaver.rules:
+            if modality != "text":
+                try:
+                    tables.append(NeighbourTable.of(self.model.codec(modality), k))
+                except CodecUnavailable:
+                    continue  # codes without vectors have no neighbours, and are drawn as ever
+        return Relatives(self.interleaver, *tables)
 
     def _run(
         self,

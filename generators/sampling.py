@@ -7,7 +7,7 @@ crosses the threshold is kept), softmax, draw. B rows, V ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,14 +22,18 @@ class Sampling:
         top_k: only the k likeliest; 0 for all.
         top_p: only the likeliest whose probabilities reach p together.
         cfg: guidance; 1 for none.
+        guide: only the first so many ids are guided; None for all. Behind them guidance costs nothing.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     cfg: float = 1.0
+    guide: int | None = None
 
     def __post_init__(self):
+        if self.guide is not None and self.guide < 0:
+            raise ValueError(f"guide is {self.guide}, expected 0 or more, or None for all ids")
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
         if self.top_k < 0:
@@ -41,6 +45,16 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether no draw is made."""
         return self.temperature == 0 or self.top_k == 1
+
+
+    def guides(self, written: int) -> bool:
+        """Whether the id behind `written` others, or any later one, is guided."""
+        return self.cfg != 1 and (self.guide is None or written < self.guide)
+
+    @property
+    def unguided(self) -> Sampling:
+        """The same without guidance."""
+        return replace(self, cfg=1.0, guide=None)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -19,7 +19,8 @@ B rows; R rows of the caches, which are 2 B with guidance; N nodes of a tree; D 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -32,8 +33,8 @@ from ..backbone import masks
 from ..backbone.cache import KVCache
 from ..backbone.grammar import Grammar, Range, State
 from ..backbone.transformer import Transformer
-from .acceptance import Ladder, Ledger, Published, leaning, passes, pulled
-from .autoregressive import Autoregressive, Options, _event, _halves, _leave, _Row
+from .acceptance import Ladder, Ledger, Published, emitted, leaning, passes, pulled
+from .autoregressive import Autoregressive, Options, _at, _event, _halves, _leave, _nulls, _Row
 from .drafter import Drafter, DrafterError, Session
 from .generator import Event, Request
 from .neighbours import Near, Relatives
@@ -41,6 +42,7 @@ from .sampling import Sampling, guided, pick, probabilities
 from .trees import Dynamic, Static, Tree, best, conditional, drawn, padded
 
 Ranges = tuple[Range, ...]
+Lane = tuple[int, int | None]  # a request's rows: with the condition, and without
 Mode = Literal["lossless", "certified", "lantern", "lantern++"]
 MODES: tuple[str, ...] = ("lossless", "certified", "lantern", "lantern++")
 
@@ -95,8 +97,11 @@ class Statistics:
         row_passes: the same counted by row.
         written: ids that the passes wrote (the first id of each row comes from the prompt's pass).
         tested, stood: by depth, how often siblings were there to choose from, and how often one stood.
+        distances: with `audit`, total variation between the law of what is emitted and the model's, of each id that
+            was chosen among likeliest siblings (of drawn ones, the law given the draw says nothing).
         moved: mass that certified mode moved, summed over ids.
-        seconds: spent on "draft", "target", "verify".
+        seconds: spent on "draft", "target", "verify": of the processor on CPUs, else of the clock.
+        clock: what tells them.
     """
 
     passes: int = 0
@@ -105,9 +110,11 @@ class Statistics:
     tested: list[int] = field(default_factory=list)
     stood: list[int] = field(default_factory=list)
     moved: float = 0.0
+    distances: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("draft", "target", "verify"), 0.0)
     )
+    clock: Callable[[], float] = time.perf_counter
 
     @property
     def compression(self) -> float:
@@ -117,9 +124,9 @@ class Statistics:
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Add the time within to `part`."""
-        began = time.perf_counter()
+        began = self.clock()
         yield
-        self.seconds[part] += time.perf_counter() - began
+        self.seconds[part] += self.clock() - began
 
     def note(self, depth: int, stood: bool) -> None:
         """A choice among siblings."""
@@ -147,6 +154,39 @@ class _Draft(_Row):
         return self.path[-1]
 
 
+@dataclass
+class _Work:
+    """What the requests in progress share.
+
+    Args:
+        ahead: the roots' states as the drafter predicts them, [R, D].
+    """
+
+    cache: KVCache
+    session: Session
+    ahead: Tensor
+
+    def leave(self, rows: list[_Draft], options: Options) -> list[_Draft]:
+        """Let finished requests go."""
+        stay, kept = _leave(rows, self.cache, options)  # type: ignore[arg-type]
+        if kept:
+            self.session.take(kept)
+            self.ahead = self.ahead[kept]
+        return stay  # type: ignore[return-value]
+
+    def join(self, rows: list[_Draft], fresh: list[_Draft], other: _Work) -> _Work:
+        """Requests `fresh` behind `rows`, rows without the condition behind all."""
+        held = len(self.ahead)
+        order = [*range(len(rows)), *range(held, held + len(fresh))]
+        order += [*range(len(rows), held), *range(held + len(fresh), held + len(other.ahead))]
+        self.cache.join(other.cache)
+        self.cache.take(order)
+        self.session.join(other.session)
+        self.session.take(order)
+        self.ahead = torch.cat([self.ahead, other.ahead])[order]
+        return self
+
+
 class Speculative(Autoregressive):
     """Next-token decoding in leaps.
 
@@ -154,7 +194,9 @@ class Speculative(Autoregressive):
         model: fused here.
         drafter: of this very model; fused here.
         grammar: what may be written; None for free text.
+        rows: the most requests at once; None for all.
         relatives: neighbours, which every mode but "lossless" needs.
+        audit: enumerate every id's law, `statistics.distances`.
 
     Attributes:
         statistics: of the last run.
@@ -168,8 +210,10 @@ class Speculative(Autoregressive):
         *,
         speculation: Speculation | None = None,
         relatives: Relatives | None = None,
+        rows: int | None = None,
+        audit: bool = False,
     ):
-        super().__init__(model, grammar)
+        super().__init__(model, grammar, rows=rows)
         if drafter.target is not model:
             raise DrafterError("the drafter belongs to another target than the model that is given")
         self.speculation = Speculation() if speculation is None else speculation
@@ -188,7 +232,8 @@ class Speculative(Autoregressive):
                 )
             relatives.to(model.lm_head.weight.device)
         self.drafter, self.relatives = drafter.fuse(), relatives
-        self.statistics = Statistics()
+        self.audit = audit
+        self.statistics = self._fresh_statistics()
 
     def _row(self, number: int, request: Request, guided: bool, rng: torch.Generator) -> _Draft:
         super()._row(number, request, guided, rng)
@@ -197,70 +242,73 @@ class Speculative(Autoregressive):
 
     @torch.inference_mode()
     def _loop(self, rows: list[_Draft], options: Options) -> Iterator[Event]:  # type: ignore[override]
-        self.statistics = Statistics()
+        self.statistics = self._fresh_statistics()
         for row in rows:
             self._force(row)
         yield from (_event(row) for row in rows if row.fresh or row.reason)
-        rows = [row for row in rows if row.reason is None]
-        if not rows:
-            return
-        cache, session, ahead = self._start(rows, options)
-        while True:
-            yield from (_event(row) for row in rows if row.fresh)
-            stay = [i for i, row in enumerate(rows) if row.reason is None]
-            if not stay:
-                return
-            if len(stay) < len(rows):
-                ahead = ahead[_both(stay, rows)]
-                session.take(_both(stay, rows))
-                rows = _leave(rows, cache)  # type: ignore[assignment]
-            with self.statistics.timed("draft"):
-                self._propose(rows, session, ahead, options)
-            with self.statistics.timed("target"):
-                hidden = self._look(rows, cache)
-            with self.statistics.timed("verify"):
-                self._walk(rows, hidden, options)
-                counts = [len(row.path) for row in rows]
-                paths = pad_sequence([torch.tensor(r.path) for r in rows], batch_first=True)
-                halves = 2 if rows[0].guided else 1
-                paths = paths.repeat(halves, 1).to(hidden.device)
-                cache.keep(hidden.shape[1], paths, counts * halves)
-            with self.statistics.timed("draft"):
-                session.forget()
-                states = hidden.gather(1, paths[..., None].expand(-1, -1, hidden.shape[2]))
-                ahead = session.read(self._next(rows, halves), states, counts * halves)
+        waiting = deque(row for row in rows if row.reason is None)
+        rows = []
+        work: _Work | None = None
+        while rows or waiting:
+            if rows and work is not None:
+                self._leap(rows, work, options)
+                yield from (_event(row) for row in rows if row.fresh)
+                rows = work.leave(rows, options)
+            fresh = [waiting.popleft() for _ in range(self._room(len(rows), len(waiting)))]
+            if fresh:
+                own = self._start(fresh, options)
+                yield from (_event(row) for row in fresh if row.fresh)
+                fresh = own.leave(fresh, options)
+            if fresh:
+                rows, work = (rows + fresh, work.join(rows, fresh, own)) if rows else (fresh, own)
+
+    def _leap(self, rows: list[_Draft], work: _Work, options: Options) -> None:
+        """One pass of the model: propose, look, choose, and tell the drafter what stands."""
+        nulls = _nulls(rows)
+        with self.statistics.timed("draft"):
+            self._propose(rows, work, options)
+        with self.statistics.timed("target"):
+            hidden = self._look(rows, work.cache)
+        with self.statistics.timed("verify"):
+            self._walk(rows, hidden, options)
+            paths = pad_sequence([torch.tensor(row.path) for row in rows], batch_first=True)
+            paths = _doubled(paths, nulls).to(hidden.device)
+            counts = [len(row.path) for row in rows]
+            counts += [counts[i] for i in nulls]
+            work.cache.keep(hidden.shape[1], paths, counts)
+        with self.statistics.timed("draft"):
+            work.session.forget()
+            states = hidden.gather(1, paths[..., None].expand(-1, -1, hidden.shape[2]))
+            work.ahead = work.session.read(_doubled(self._next(rows), nulls), states, counts)
 
     # the beginning
 
-    def _start(self, rows: list[_Draft], options: Options) -> tuple[KVCache, Session, Tensor]:
-        """The prompts' pass and the first ids: the cache, the drafter, and its prediction for the roots [R, D]."""
+    def _start(self, rows: list[_Draft], options: Options) -> _Work:
+        """The prompts' pass and the first ids."""
         sides = [(r, r.request.ids, r.request.embeddings) for r in rows]
-        if rows[0].guided:
-            sides += [(r, r.request.null_ids, r.request.null_embeddings) for r in rows]
-        prompts = [self._embedded(*side) for side in sides]
+        sides += [(r, r.request.null_ids, r.request.null_embeddings) for r in rows if r.guided]
         forced = [list(row.feed) for row, _, _ in sides]
-        counts = [len(prompt) for prompt in prompts]
-        room = max(r.request.max_tokens for r in rows) + max(counts)
-        width = 1 + self._most_nodes()
-        cache = self.model.cache(len(prompts), room)
         with self.statistics.timed("target"):
-            whole = pad_sequence(prompts, batch_first=True)
-            hidden = self.model(embeddings=whole, cache=cache, counts=counts, keep=0).hidden
-        last = hidden[torch.arange(len(prompts)), torch.tensor(counts) - 1]
+            read = self._read(rows)
+        hidden, counts = read.hidden, read.counts
+        if read.same is not None:
+            hidden, counts = hidden[read.same], [counts[i] for i in read.same]
+            read.cache.take(read.same)
+        last = hidden[torch.arange(len(hidden)), torch.tensor(counts) - 1]
         for row in rows:
             row.feed.clear()
             row.anchor = row.state
         self._write(rows, *_halves(last, rows), options)  # type: ignore[arg-type]
-        session = Session(self.drafter, len(prompts), room + width)
-        roots = self.drafter.embed(self._tensor([row.feed[0] for row in rows]))[:, None]
-        roots = roots.repeat(len(prompts) // len(rows), 1, 1)
-        read = [
-            torch.cat([self._seen(ids, embeddings, more)[1:], root])
-            for (_, ids, embeddings), more, root in zip(sides, forced, roots)
-        ]
+        room = read.cache.capacity + 1 + self._most_nodes()
+        session = Session(self.drafter, len(hidden), room)
         with self.statistics.timed("draft"):
-            ahead = session.read(pad_sequence(read, batch_first=True), hidden, counts)
-        return cache, session, ahead
+            roots = self.drafter.embed(self._tensor([[row.feed[0]] for row, _, _ in sides]))
+            seen = [
+                torch.cat([self._seen(ids, embeddings, more)[1:], root])
+                for (_, ids, embeddings), more, root in zip(sides, forced, roots)
+            ]
+            ahead = session.read(pad_sequence(seen, batch_first=True), hidden, counts)
+        return _Work(read.cache, session, ahead)
 
     def _seen(self, ids: Tensor | None, embeddings: Tensor | None, more: list[int]) -> Tensor:
         """What the drafter reads in place of a prompt: [L, D]."""
@@ -273,27 +321,23 @@ class Speculative(Autoregressive):
             return torch.cat([self.drafter.embed(dummies), own])
         return torch.cat([embeddings.to(own), own])
 
-    def _next(self, rows: list[_Draft], halves: int) -> Tensor:
-        """Embeddings [R, m, D] of the ids behind each node that stands, the new root the last."""
+    def _next(self, rows: list[_Draft]) -> Tensor:
+        """Embeddings [B, m, D] of the ids behind each node that stands, the new root the last."""
         ids = [
             torch.tensor([*(r.tree.ids[i] for i in r.path[1:]), r.feed[0] if r.feed else 0])
             for r in rows
         ]
-        return self.drafter.embed(
-            pad_sequence(ids, batch_first=True).repeat(halves, 1).to(self._device)
-        )
+        return self.drafter.embed(pad_sequence(ids, batch_first=True).to(self._device))
 
     # drafting
 
-    def _propose(
-        self, rows: list[_Draft], session: Session, ahead: Tensor, options: Options
-    ) -> None:
-        """Give each row its tree. `ahead` [R, D]: the roots' states as predicted."""
+    def _propose(self, rows: list[_Draft], work: _Work, options: Options) -> None:
+        """Give each row its tree."""
         # The last id that can be written is never read. Each row has its own depth, whatever its batch-mates' is.
         useful = [len(r.feed) - 2 + r.request.max_tokens - r.written for r in rows]
         tree = self.speculation.tree
         grow = self._grow if isinstance(tree, Dynamic) else self._cast
-        for row, tree in zip(rows, grow(rows, session, ahead, options, useful)):
+        for row, tree in zip(rows, grow(rows, work.session, work.ahead, options, useful)):
             row.tree, row.path = tree, [0]
 
     def _grow(
@@ -307,7 +351,7 @@ class Speculative(Autoregressive):
         """Dynamic trees."""
         shape = self.speculation.tree
         assert isinstance(shape, Dynamic)
-        halves, width = len(ahead) // len(rows), shape.width
+        nulls, width = _nulls(rows), shape.width
         states = [[self._after(row.anchor, row.feed[0])] for row in rows]
         outs, scores = ahead[:, None], torch.zeros(len(rows), 1, device=ahead.device)
         beams = torch.full_like(scores, -1, dtype=torch.int64)
@@ -316,7 +360,7 @@ class Speculative(Autoregressive):
         count = 0
         depth = min(shape.depth, max(useful))
         for level in range(depth):
-            ids, logs = self._likeliest(outs, states, options, width)
+            ids, logs = self._likeliest(rows, outs, states, options, width)
             ended = torch.tensor([level >= most for most in useful], device=logs.device)
             logs = logs.masked_fill(ended[:, None, None], -torch.inf)
             totals = (scores[..., None] + logs).flatten(1)
@@ -334,12 +378,9 @@ class Speculative(Autoregressive):
             eye = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
             before = seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2]))
             seen = torch.cat([before, eye.expand(len(rows), -1, -1)], 2)
-            index = parent.repeat(halves, 1)[..., None].expand(-1, -1, outs.shape[2])
+            index = _doubled(parent, nulls)[..., None].expand(-1, -1, outs.shape[2])
             outs = session.branch(
-                ids.repeat(halves, 1),
-                outs.gather(1, index),
-                seen.repeat(halves, 1, 1),
-                level + 1,
+                _doubled(ids, nulls), outs.gather(1, index), _doubled(seen, nulls), level + 1
             )
         if not every:
             return [Tree([row.feed[0]], [-1], [1.0]) for row in rows]
@@ -364,17 +405,22 @@ class Speculative(Autoregressive):
         ]
 
     def _likeliest(
-        self, outs: Tensor, states: list[list[State | None]], options: Options, width: int
+        self,
+        rows: list[_Draft],
+        outs: Tensor,
+        states: list[list[State | None]],
+        options: Options,
+        width: int,
     ) -> tuple[Tensor, Tensor]:
         """The likeliest ids behind each beam and their log-probabilities, [B, K, width] each; -inf for none."""
         shape = (len(states), len(states[0]), width)
         ids = torch.zeros(shape, dtype=torch.int64, device=outs.device)
         logs = torch.full(shape, -torch.inf, device=outs.device)
-        for (ranges, sampling), rows, beams, logits in self._groups(outs, states, options):
+        for (ranges, sampling), at, beams, logits in self._groups(rows, outs, states, options):
             law = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
             top = law.topk(min(width, law.shape[-1]))
-            ids[rows, beams, : top.values.shape[1]] = _ids(top.indices, ranges)
-            logs[rows, beams, : top.values.shape[1]] = top.values
+            ids[at, beams, : top.values.shape[1]] = _ids(top.indices, ranges)
+            logs[at, beams, : top.values.shape[1]] = top.values
         return ids, logs
 
     def _cast(
@@ -388,7 +434,7 @@ class Speculative(Autoregressive):
         """Static trees."""
         shape = self.speculation.tree
         assert isinstance(shape, Static)
-        halves = len(ahead) // len(rows)
+        nulls = _nulls(rows)
         ids = [[row.feed[0]] for row in rows]
         parents, chances = [[-1] for _ in rows], [[1.0] for _ in rows]
         laws: list[dict[int, Tensor]] = [{} for _ in rows]
@@ -411,9 +457,9 @@ class Speculative(Autoregressive):
                 eye = torch.eye(len(own), dtype=torch.bool).expand(len(rows), -1, -1)
                 seen = torch.cat([seen[:, origin], eye], 2)
                 outs = session.branch(
-                    self._tensor(tokens).repeat(halves, 1),
+                    _doubled(self._tensor(tokens), nulls),
                     outs[:, origin.to(outs.device)],
-                    seen.repeat(halves, 1, 1).to(outs.device),
+                    _doubled(seen, nulls).to(outs.device),
                     depth,
                 )
                 states = [
@@ -457,7 +503,9 @@ class Speculative(Autoregressive):
     ) -> dict[tuple[int, int], _Draws]:
         """Siblings drawn behind each node (row, place) that is alive and may go on."""
         found: dict[tuple[int, int], _Draws] = {}
-        for (ranges, sampling), members, places, logits in self._groups(outs, states, options):
+        for (ranges, sampling), members, places, logits in self._groups(
+            rows, outs, states, options
+        ):
             law = logits.float().softmax(-1) if sampling.greedy else probabilities(logits, sampling)
             for b in sorted(set(members.tolist())):
                 own = [
@@ -481,16 +529,16 @@ class Speculative(Autoregressive):
     def _look(self, rows: list[_Draft], cache: KVCache) -> Tensor:
         """The model's states [R, N, D] at all nodes of all trees."""
         ids, depths, seen = padded([row.tree for row in rows], self._device)
-        halves = 2 if rows[0].guided else 1
+        nulls = _nulls(rows)
         starts = torch.tensor(cache.row_lengths(), device=ids.device)
-        mask = masks.tree(starts, seen.repeat(halves, 1, 1), int(starts.max()) + ids.shape[1])
+        mask = masks.tree(starts, _doubled(seen, nulls), int(starts.max()) + ids.shape[1])
         # Nodes behind the context's end are never accepted; they only must not fail.
-        positions = (starts[:, None] + depths.repeat(halves, 1)).clamp(
+        positions = (starts[:, None] + _doubled(depths, nulls)).clamp(
             max=self.model.config.context - 1
         )
         self.statistics.passes += 1
         self.statistics.row_passes += len(rows)
-        out = self.model(ids.repeat(halves, 1), positions=positions, mask=mask, cache=cache, keep=0)
+        out = self.model(_doubled(ids, nulls), positions=positions, mask=mask, cache=cache, keep=0)
         return out.hidden
 
     def _walk(self, rows: list[_Draft], hidden: Tensor, options: Options) -> None:
@@ -499,19 +547,20 @@ class Speculative(Autoregressive):
             row.anchor = self._after(row.anchor, row.feed.pop(0))  # the root
             self._descend(row)
         walking = [row for row in rows if row.reason is None and not row.feed]
-        numbers = {id(row): b for b, row in enumerate(rows)}
+        lanes = {id(row): (b, None) for b, row in enumerate(rows)}
+        lanes |= {id(rows[b]): (b, len(rows) + n) for n, b in enumerate(_nulls(rows))}
         while walking:
-            at = torch.tensor([numbers[id(row)] for row in walking], device=hidden.device)
-            nodes = torch.tensor([row.node for row in walking], device=hidden.device)
-            outs = hidden[at, nodes][:, None]
-            if rows[0].guided:
-                outs = torch.cat([outs, hidden[at + len(rows), nodes][:, None]])
+            at = [lanes[id(row)] for row in walking]
+            lines = [b for b, _ in at] + [null for _, null in at if null is not None]
+            nodes = [row.node for row in walking] + [row.node for row in walking if row.guided]
+            outs = hidden[lines, nodes][:, None]
             states = [[row.state] for row in walking]
-            for (ranges, sampling), members, _, logits in self._groups(outs, states, options):
+            for (ranges, sampling), members, _, logits in self._groups(
+                walking, outs, states, options
+            ):
                 own = [walking[i] for i in members.tolist()]
-                for row, place in zip(
-                    own, self._choose(own, hidden, numbers, logits, ranges, sampling, options)
-                ):
+                places = self._choose(own, hidden, lanes, logits, ranges, sampling, options)
+                for row, place in zip(own, places):
                     self._stand(row, int(_ids(torch.tensor(place), ranges)))
             walking = [row for row in walking if row.reason is None and not row.feed]
 
@@ -544,7 +593,7 @@ class Speculative(Autoregressive):
         self,
         rows: list[_Draft],
         hidden: Tensor,
-        numbers: dict[int, int],
+        lanes: dict[int, Lane],
         logits: Tensor,
         ranges: Ranges,
         sampling: Sampling,
@@ -556,9 +605,7 @@ class Speculative(Autoregressive):
             places = logits.argmax(-1).tolist()
             if published is None:
                 return places
-            far = [
-                self._farthest(row, hidden, numbers[id(row)], options, published) for row in rows
-            ]
+            far = [self._farthest(row, hidden, lanes[id(row)], options, published) for row in rows]
             return [place if best is None else best for place, best in zip(places, far)]
         laws = probabilities(logits, sampling)
         sampled = [row.node in row.tree.laws for row in rows]
@@ -597,6 +644,8 @@ class Speculative(Autoregressive):
             values=values,
             price=laws.new_tensor([row.ledger.price for row in rows]),
         )
+        if self.audit:
+            self.statistics.distances += ((moved.law - laws).abs().sum(1) / 2).tolist()
         for row, mass in zip(rows, moved.mass.tolist()):
             row.ledger.spend(mass)
             self.statistics.moved += mass
@@ -618,6 +667,10 @@ class Speculative(Autoregressive):
         ladder = Ladder(law, q, self.speculation.published)
         ids = self._tensor([row.tree.ids[c] for c in children])
         near = None if self.speculation.published is None else self._near(ids, ranges).ids
+        if self.audit and q is None:
+            places = _places(ids, ranges).tolist()
+            out, _ = emitted(law, places, near, relaxation=self.speculation.published)
+            self.statistics.distances.append(float((out - law).abs().sum()) / 2)
         for i, place in enumerate(_places(ids, ranges).tolist()):
             own = None if near is None else near[i]
             chance = ladder.chance(place, own)
@@ -628,17 +681,18 @@ class Speculative(Autoregressive):
         return pick(ladder.rest[None], [row.rng])[0]
 
     def _farthest(
-        self, row: _Draft, hidden: Tensor, number: int, options: Options, rule: Published
+        self, row: _Draft, hidden: Tensor, lane: Lane, options: Options, rule: Published
     ) -> int | None:
         """The published greedy rule: the first id of the longest branch whose ids all pass; None where none does."""
 
         def passing(node: int, state: State | None) -> list[int]:
             children = row.tree.children[node]
-            choice = self._options_at(state, options)
+            choice = self._options_at(state, options, row.written)
             if not children or choice is None:
                 return []
-            null = hidden[number + len(hidden) // 2, node][None] if row.guided else None
-            law = self._law_logits(hidden[number, node][None], null, *choice)[0].float().softmax(-1)
+            null = None if lane[1] is None else hidden[lane[1], node][None]
+            logits = self._law_logits(hidden[lane[0], node][None], null, *choice)
+            law = logits[0].float().softmax(-1)
             ids = self._tensor([row.tree.ids[c] for c in children])
             near, longest = self._near(ids, choice[0]).ids, []
             for child, place, own in zip(children, _places(ids, choice[0]).tolist(), near):
@@ -651,6 +705,10 @@ class Speculative(Autoregressive):
         return branch[0] if branch else None
 
     # small parts
+
+    def _fresh_statistics(self) -> Statistics:
+        cpu = self._device.type == "cpu"
+        return Statistics(clock=time.process_time if cpu else time.perf_counter)
 
     @property
     def _device(self) -> torch.device:
@@ -668,7 +726,9 @@ class Speculative(Autoregressive):
             return None
         return self.grammar.advance(state, (id,))
 
-    def _options_at(self, state: State | None, options: Options) -> tuple[Ranges, Sampling] | None:
+    def _options_at(
+        self, state: State | None, options: Options, written: int
+    ) -> tuple[Ranges, Sampling] | None:
         """What may come at a state, and how it is drawn; None where nothing may."""
         if state is None or self.grammar is None:
             ranges: Ranges = ((0, self.model.config.vocab_size),)
@@ -676,28 +736,34 @@ class Speculative(Autoregressive):
             ranges = self.grammar.allowed(state)
         if not ranges:
             return None
-        if isinstance(options, Sampling):
-            return ranges, options
-        modality = state.modality if state is not None else ""
-        return ranges, options.get(modality, Sampling(temperature=0))
+        return ranges, _at(options, state.modality if state is not None else "", written)
 
-    def _groups(self, outs: Tensor, states: list[list[State | None]], options: Options):
+    def _groups(
+        self,
+        rows: list[_Draft],
+        outs: Tensor,
+        states: list[list[State | None]],
+        options: Options,
+    ) -> Iterator[tuple[tuple[Ranges, Sampling], Tensor, Tensor, Tensor]]:
         """Nodes with the same choice together: the choice, their rows, their places, and logits [m, n].
 
         Args:
             outs: [R, K, D].
             states: of each row's K nodes.
         """
+        nulls = {b: len(rows) + n for n, b in enumerate(_nulls(rows))}
         groups: dict[tuple[Ranges, Sampling], list[tuple[int, int]]] = {}
         for b, own in enumerate(states):
             for i, state in enumerate(own):
-                choice = self._options_at(state, options)
+                choice = self._options_at(state, options, rows[b].written)
                 if choice is not None:
                     groups.setdefault(choice, []).append((b, i))
         for choice, members in groups.items():
-            rows, places = torch.tensor(members, device=outs.device).unbind(1)
-            null = outs[rows + len(states), places] if len(outs) > len(states) else None
-            yield choice, rows, places, self._law_logits(outs[rows, places], null, *choice)
+            at, places = torch.tensor(members, device=outs.device).unbind(1)
+            null = None
+            if choice[1].cfg != 1:
+                null = outs[self._tensor([nulls[b] for b, _ in members]), places]
+            yield choice, at, places, self._law_logits(outs[at, places], null, *choice)
 
     def _law_logits(
         self, hidden: Tensor, null: Tensor | None, ranges: Ranges, sampling: Sampling
@@ -752,7 +818,6 @@ def _places(ids: Tensor, ranges: Ranges) -> Tensor:
     return places
 
 
-def _both(stay: Sequence[int], rows: Sequence[_Row]) -> list[int]:
-    """Rows of the caches of the requests that stay."""
-    halves = (0, len(rows)) if rows[0].guided else (0,)
-    return [half + i for half in halves for i in stay]
+def _doubled(table: Tensor, nulls: list[int]) -> Tensor:
+    """Rows [B, ...] followed by those of the requests that have a row without the condition: [R, ...]."""
+    return torch.cat([table, table[nulls]]) if nulls else table

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from anytok.backbone.int8 import Int8Linear
 from anytok.backbone.step import Stepper
 from tests.backbone.test_transformer import KINDS
 from tests.backbone.tiny import transformer
@@ -40,3 +41,17 @@ def test_half_precision_steps_as_it_runs():
     ids = torch.tensor([5])
     want = model(ids[:, None], cache=caches[0], keep=0).hidden[:, 0]
     torch.testing.assert_close(Stepper(model)(ids, caches[1]), want, atol=0.05, rtol=0.05)
+
+
+def test_int8_steps_stay_near_float_and_say_where_they_run():
+    model = transformer().fuse()
+    exact, rounded = Stepper(model), Stepper(model, int8=True)
+    caches = [model.cache(3, 12) for _ in range(2)]
+    ids = torch.randint(64, (12, 3), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for step in ids:
+            a, b = exact(step, caches[0]), rounded(step, caches[1])
+            drift = (a - b).norm(dim=-1) / a.norm(dim=-1)
+    assert 0 < float(drift.max()) < 0.1
+    with pytest.raises(ValueError, match="int8 is for CPUs, the weights are on meta"):
+        Int8Linear(torch.empty(3, 3, device="meta"))

@@ -169,3 +169,66 @@ def test_mios_llama_writes_the_published_ids():
     requests = [Request(ids=ids, max_tokens=new) for ids in prompts]
     found = ids_of(Autoregressive(model).run(requests), len(prompts))
     assert found == golden["greedy"][:, -new:].tolist()
+
+
+def many(n=7):
+    return [
+        Request(ids=torch.arange(2 + i % 3), null_ids=torch.arange(1), max_tokens=3 + 2 * i)
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("options", [Sampling(), Sampling(cfg=2.0), Sampling(cfg=2.0, guide=5)])
+def test_refilled_batches_write_the_same(options):
+    model = transformer()
+    whole = ids_of(Autoregressive(model).run(many(), options, rngs(7)), 7)
+    for rows in (1, 3):
+        assert ids_of(Autoregressive(model, rows=rows).run(many(), options, rngs(7)), 7) == whole
+
+
+def test_a_place_that_becomes_free_is_taken():
+    model = transformer()
+    rows = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, out: rows.append(len(kwargs["embeddings"])),
+        with_kwargs=True,
+    )
+    decoder = Autoregressive(model, rows=2)
+    requests = [Request(ids=torch.tensor([i]), max_tokens=4) for i in range(5)]
+    list(decoder.run(requests))
+    assert rows == [2, 2, 1]
+    with pytest.raises(ValueError, match="rows is 0, expected 1 or more"):
+        Autoregressive(model, rows=0)
+
+
+def test_the_unguided_half_goes_when_its_interval_ends():
+    model = transformer()
+    decoder = Autoregressive(model)
+    rows, step = [], decoder.step
+    decoder.step = lambda ids, cache: (rows.append(len(ids)), step(ids, cache))[1]
+    request = Request(ids=torch.tensor([1, 2]), null_ids=torch.tensor([3]), max_tokens=8)
+    hot = {"cfg": 3.0, "temperature": 0}
+    (ids,) = ids_of(decoder.run([request], Sampling(**hot, guide=3)), 1)
+    assert rows == [2, 2, 1, 1, 1, 1, 1]
+    (all_guided,) = ids_of(decoder.run([request], Sampling(**hot)), 1)
+    assert ids[:3] == all_guided[:3]
+    more = Request(ids=torch.tensor([1, 2, *ids[:3]]), max_tokens=5)
+    assert ids_of(decoder.run([more]), 1) == [ids[3:]]
+    with pytest.raises(ValueError, match="guide is -1"):
+        Sampling(guide=-1)
+
+
+def test_the_prompt_of_several_samples_is_read_once():
+    model = transformer()
+    rows = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, out: rows.append(len(kwargs["embeddings"])),
+        with_kwargs=True,
+    )
+    request = Request(ids=torch.arange(9), null_ids=torch.tensor([3]), max_tokens=6)
+    options = Sampling(cfg=2.0)
+    decoder = Autoregressive(model)
+    samples = ids_of(decoder.run([request] * 4, options, rngs(4)), 4)
+    assert rows == [2]
+    for sample, rng in zip(samples, rngs(4)):
+        assert ids_of(decoder.run([request], options, [rng]), 1) == [sample]

@@ -245,3 +245,17 @@ def test_bad_speculation_is_refused():
     decoder = Speculative(model, drafter(model))
     with pytest.raises(ValueError, match="no null condition"):
         decoder.run([Request(ids=torch.arange(3), max_tokens=2)], Sampling(cfg=2.0))
+
+
+@pytest.mark.parametrize("tree", [DYNAMIC, STATIC], ids=("dynamic", "static"))
+def test_refilled_batches_and_guidance_intervals(tree):
+    model = transformer()
+    options = Sampling(cfg=2.0, guide=4)
+    one, three = (
+        Speculative(model, drafter(model), speculation=Speculation(tree=tree), rows=rows)
+        for rows in (None, 2)
+    )
+    whole = ids_of(one.run(requests(), options, rngs(5)), 5)
+    assert ids_of(three.run(requests(), options, rngs(5)), 5) == whole
+    if tree is DYNAMIC:
+        assert whole == ids_of(Autoregressive(model).run(requests(), options, rngs(5)), 5)
