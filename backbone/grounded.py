@@ -5,6 +5,7 @@ learn from counts that two codes are neighbours; with 4,096 codes at each of 32 
 Here a code's row is a linear map, one for each block of ids, of fixed features of its vector v:
 
     f = standardised [v, v^2], 1          the squares let the output be a normal distribution of any width
+                                          (of one width for all columns where v has more than WIDE)
     input row = f M_in                    output row = f M_out
 
 - Ids below `start` (specials, text) have free rows, tied between input and output.
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 from ..codecs.codec import Codec
 from .interleave import Interleaver
 from .transformer import Transformer, TransformerConfig
+
+WIDE = 12
 
 
 @dataclass(frozen=True)
@@ -176,12 +179,15 @@ class Grounded(nn.Module):
 
 
 def _features(vectors: list[Tensor]) -> Tensor:
-    """[T, V, m] of T tables [V, d]: columns that are not zero throughout, their squares, and one."""
+    """[T, V, m] of T tables [V, d]: columns that are not zero throughout, their squares (summed if many), and one."""
     tables = []
     for table in vectors:
         table = table.detach().float().cpu()
         used = table[:, table.abs().amax(0) > 0]
-        tables.append(torch.cat([used, used.square()], 1))
+        squares = used.square()
+        if used.shape[1] > WIDE:
+            squares = squares.sum(1, keepdim=True)
+        tables.append(torch.cat([used, squares], 1))
     width = max(table.shape[1] for table in tables)
     padded = []
     for table in tables:

@@ -2,9 +2,11 @@
 
 A ViT tokenizer trained for minutes stays below PCA, so this one starts there and learns only what PCA cannot do:
 
-- Head, tokens 0...31: residual vector quantisation in a PCA space of low-frequency DCT coefficients of opponent
-  colours. Each token codes 16 components, those with the largest residual variance at that point, against a table of
-  its own; so the first tokens carry layout and colour, and later ones may refine earlier components.
+- Head, tokens 0...31: a PCA space of low-frequency DCT coefficients of opponent colours, cut into groups of
+  neighbouring components, a few large ones first and many small ones last. Each token codes one group against a table
+  of its own, so the first tokens carry layout and colour. No token refines another: what a token says of the picture
+  does not depend on the ones before it, which makes the stream easy to predict (a residual stack is not: its codes
+  mean what earlier codes left over).
 - Tail, 64 tokens a stage: one code for each 8 x 8 block of what is still missing (a local basis, three stages).
 - A small convolutional network with one attention layer repairs the sum; it knows how many tokens each block has. It is
   trained with One-D-Piece's tail drop: one k for each forward pass.
@@ -45,7 +47,7 @@ class OneDPieceMiniConfig:
         image_size: side of the square picture.
         coefficients: DCT coefficients that the head's basis sees.
         components: columns of the head's basis.
-        head_tokens, head_width: tokens of the head, and components each codes.
+        head_tokens: tokens of the head, each of which codes some of the components.
         block, block_width, stages: side of the tail's blocks, dimensions of their basis, codes a block.
         codes: rows of every table.
         widths: channels of the repairing network at 1/2, 1/4 and 1/8 of the size.
@@ -53,9 +55,8 @@ class OneDPieceMiniConfig:
 
     image_size: int = 64
     coefficients: int = 1536
-    components: int = 240
+    components: int = 340
     head_tokens: int = 32
-    head_width: int = 16
     block: int = 8
     block_width: int = 64
     stages: int = 3
@@ -68,8 +69,8 @@ class OneDPieceMiniConfig:
             raise ValueError(
                 f"image_size is {self.image_size}, expected a multiple of 8 and of block = {self.block}"
             )
-        if not self.head_width <= self.components <= self.coefficients:
-            raise ValueError("expected head_width <= components <= coefficients")
+        if not self.head_tokens <= self.components <= self.coefficients:
+            raise ValueError("expected head_tokens <= components <= coefficients")
 
     @property
     def blocks(self) -> int:
@@ -152,13 +153,14 @@ class OneDPieceMini(Codec):
     def __init__(self, config: OneDPieceMiniConfig | None = None, *, name: str = "onedpiece/mini"):
         super().__init__()
         self.config = config = config or OneDPieceMiniConfig()
-        head, width = config.head_tokens, config.head_width
+        head = config.head_tokens
         pixels = 3 * config.block**2
         self.register_buffer("index", torch.arange(config.coefficients))  # flat DCT positions [K]
         self.register_buffer("mean", torch.zeros(config.coefficients))
         self.basis = Table(config.coefficients, config.components)
-        self.register_buffer("picks", torch.arange(width).repeat(head, 1))  # components [T, d]
-        self.head = Table(head, config.codes, width)
+        ends = torch.arange(1, head + 1) * config.components // head
+        self.register_buffer("ends", ends)  # token t codes components ends[t - 1] ... ends[t] - 1
+        self.head = Table(config.codes, config.components)  # the tables side by side
         self.block_basis = Table(pixels, config.block_width)
         self.register_buffer("order", torch.arange(config.blocks))  # which block comes when
         self.tail = Table(config.stages, config.codes, config.block_width)
@@ -230,14 +232,16 @@ class OneDPieceMini(Codec):
         blocks = self.to_blocks(pixels.float() - self.coarse(self.decode_head(ids)))
         return torch.cat([ids, self.tokenize_tail(blocks)], dim=1)[:, :length]
 
-    def tokenize_head(self, residual: Tensor, length: int) -> Tensor:
+    def groups(self) -> list[slice]:
+        """The components of each head token."""
+        ends = self.ends.tolist()
+        return [slice(start, stop) for start, stop in zip([0, *ends], ends)]
+
+    def tokenize_head(self, components: Tensor, length: int) -> Tensor:
         """Components [B, P] to ids [B, length]."""
-        residual, ids = residual.clone(), []
-        for t in range(length):
-            table, pick = self.head(t), self.picks[t]
-            ids.append(nearest(residual[:, pick], table))
-            residual[:, pick] -= table[ids[-1]]
-        return torch.stack(ids, dim=1)
+        table = self.head()
+        groups = self.groups()[:length]
+        return torch.stack([nearest(components[:, g], table[:, g]) for g in groups], dim=1)
 
     def tokenize_tail(self, blocks: Tensor) -> Tensor:
         """What the head misses, blocks [B, n, pixels], to ids [B, stages * n], stage after stage."""
@@ -251,8 +255,9 @@ class OneDPieceMini(Codec):
     def decode_head(self, ids: Tensor) -> Tensor:
         """Ids [B, k], k <= T, to components [B, P]."""
         components = torch.zeros(len(ids), self.config.components, device=ids.device)
-        for t in range(ids.shape[1]):
-            components[:, self.picks[t]] += self.head(t)[ids[:, t]]
+        table = self.head()
+        for t, group in enumerate(self.groups()[: ids.shape[1]]):
+            components[:, group] = table[ids[:, t], group]
         return components
 
     def decode_tail(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,7 +291,8 @@ class OneDPieceMini(Codec):
     def position_vectors(self, position: int) -> Tensor:
         """What code v of a head token adds to the components: [V, P]."""
         vectors = torch.zeros(self.config.codes, self.config.components, device=self.device)
-        vectors[:, self.picks[position]] = self.head(position)
+        group = self.groups()[position]
+        vectors[:, group] = self.head()[:, group]
         return vectors
 
     # media

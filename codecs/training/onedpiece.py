@@ -3,7 +3,7 @@
 - Data: pictures with alpha (emoji) and crops of photographs, half and half; small affine moves, backgrounds.
 - One k for each forward pass, as in One-D-Piece: all tokens for a quarter of the passes, else log-uniform.
 - The loss is the squared error over that of the linear picture, so that every k counts alike, plus a little L1 of
-  the gradients, on the same terms.
+  the gradients, on the same terms; and, for a few pictures of the batch, a distance of classifier features.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .data import Pictures, find_rows, to_bytes
 from .engine import StopRun, Task, adamw
 from .entry import settings
 from .onedpiece_stage1 import StageOneTask
+from .perceptual import PerceptualDistance
 
 SOURCE = 128  # side of the pictures that augmentation draws from
 BUDGETS = (4, 16, 64)  # token counts at which evaluation decodes, besides all
@@ -61,13 +62,19 @@ class TrainingConfig:
     Args:
         lr: of AdamW. (At 2e-3 the network leaves zero for good within 50 steps and learns nothing.)
         whole: share of passes with all tokens.
+        head: share of passes with the tokens of the head, which are what a backbone writes.
         gradient: weight of the L1 term.
-        start: a saved codec whose analytic half is taken over, in place of fitting it.
+        perceptual: weight of the distance of features; 0 needs no teacher.
+        seen: how many pictures of a batch the teacher looks at.
+        start: a saved codec to begin with, in place of fitting the analytic half.
     """
 
     lr: float = 6e-4
     whole: float = 0.25
+    head: float = 0.0
     gradient: float = 0.1
+    perceptual: float = 0.0
+    seen: int = 8
     start: str | None = None
 
 
@@ -113,8 +120,11 @@ class OneDPieceMiniTask(Task):
         self._held: dict[str, Tensor] | None = None
 
     def networks(self) -> dict[str, nn.Module]:
-        """The codec alone."""
-        return {"codec": OneDPieceMini(self.model, name=self.name)}
+        """The codec, and the teacher where the loss asks it."""
+        networks: dict[str, nn.Module] = {"codec": OneDPieceMini(self.model, name=self.name)}
+        if self.training.perceptual:
+            networks["teacher"] = PerceptualDistance()
+        return networks
 
     def dataset(self) -> Dataset:
         """uint8 [4, SOURCE, SOURCE], drawn pictures first, then as many crops."""
@@ -133,9 +143,7 @@ class OneDPieceMiniTask(Task):
         codec = networks["codec"]
         assert isinstance(codec, OneDPieceMini)
         if self.training.start is not None:
-            fitted = load_codec(self.training.start).state_dict()
-            network = {f"repair.{k}": v for k, v in codec.repair.state_dict().items()}
-            codec.load_state_dict({**fitted, **network})
+            codec.load_state_dict(load_codec(self.training.start).state_dict())
             return
         rng = torch.Generator().manual_seed(0)
         picked = torch.randint(len(dataset), (self.data.basis,), generator=rng)  # type: ignore[arg-type]
@@ -170,13 +178,21 @@ class OneDPieceMiniTask(Task):
         edges = (after[1] / before[1].clamp_min(EMPTY**0.5)).mean()
         gained = 10 * (before[0].clamp_min(EMPTY) / after[0].clamp_min(EMPTY)).log10().mean()
         loss = square + self.training.gradient * edges
-        return {"loss": loss, "square": square, "edges": edges, "gained_db": gained.detach()}
+        logged = {"square": square, "edges": edges, "gained_db": gained.detach()}
+        if self.training.perceptual:
+            n = self.training.seen
+            distance = networks["teacher"](repaired[:n].clamp(0, 1), batch[:n]).mean()
+            loss = loss + self.training.perceptual * distance
+            logged["perceptual"] = distance
+        return {"loss": loss, **logged}
 
     def draw_length(self, rng: torch.Generator) -> int:
         """One k for a forward pass."""
         u, v = torch.rand(2, generator=rng, device=rng.device).tolist()
         if u < self.training.whole:
             return self.model.tokens
+        if u < self.training.whole + self.training.head:
+            return self.model.head_tokens
         return min(self.model.tokens, int(self.model.tokens**v))
 
     @torch.no_grad()

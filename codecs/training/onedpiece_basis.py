@@ -7,6 +7,8 @@ Letters: N pictures, S side, K coefficients, P components, T head tokens, d dime
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ..image.onedpiece_mini import OneDPieceMini, nearest
 
 ITERATIONS = 6
 CHUNK = 512
+EARLY = 0.9  # of all bits: the budget that the first token's group is cut for
 BLOCK_SAMPLES = 98_304  # blocks that a tail table is fitted to
 
 
@@ -45,17 +48,45 @@ def fit_basis(codec: OneDPieceMini, pictures: Tensor) -> None:
     codec.basis.store(vectors.flip(1)[:, : codec.config.components])
 
 
-def fit_head(codec: OneDPieceMini, residual: Tensor, rng: torch.Generator) -> Tensor:
-    """Tables for components [N, P], token by token; returns what the head decodes, [N, P]."""
-    target = residual
-    residual = residual.clone()
-    for t in range(codec.config.head_tokens):
-        pick = residual.square().mean(0).argsort(descending=True)[: codec.config.head_width]
-        x = residual[:, pick]
-        codec.picks[t] = pick
-        codec.head.store(kmeans(x, codec.config.codes, rng), t)
-        residual[:, pick] = x - codec.head(t)[nearest(x, codec.head(t))]
-    return target - residual
+def fit_head(codec: OneDPieceMini, components: Tensor, rng: torch.Generator) -> Tensor:
+    """Groups and tables for components [N, P]; returns what the head decodes, [N, P]."""
+    variances = components.square().mean(0)
+    bits = math.log2(codec.config.codes)
+    codec.ends.copy_(torch.tensor(cut(variances, codec.config.head_tokens, bits)))
+    tables = [kmeans(components[:, g], codec.config.codes, rng) for g in codec.groups()]
+    codec.head.store(torch.cat(tables, 1))
+    return codec.decode_head(codec.tokenize_head(components, codec.config.head_tokens))
+
+
+def cut(variances: Tensor, tokens: int, bits: float, early: float = EARLY) -> list[int]:
+    """Where the groups end, for variances [P] in falling order and so many bits a token.
+
+    Reverse water-filling gives component i the bits log2(variance_i / level) / 2 at the level that spends all of them.
+    Token t is cut at the level of a shorter budget, `early` of the whole for the first, all for the last: prefixes gain
+    what the whole loses. Every group has a component at least, and the last one takes what is left.
+    """
+    ends, start = [], 0
+    for t in range(tokens):
+        budget = bits * tokens * (early + (1 - early) * t / max(1, tokens - 1))
+        wanted = (variances.log2() - water_level(variances, budget)).clamp_min(0) / 2
+        most = len(variances) - (tokens - t - 1)
+        end, spent = start + 1, float(wanted[start])
+        while end < most and spent + float(wanted[end]) / 2 < bits and wanted[end] > 0:
+            spent += float(wanted[end])
+            end += 1
+        ends.append(most if t == tokens - 1 else end)
+        start = end
+    return ends
+
+
+def water_level(variances: Tensor, budget: float) -> float:
+    """log2 of the level at which sum(max(0, log2(variance / level) / 2)) is `budget` bits."""
+    low, high = float(variances.log2().min()) - 2 * budget, float(variances.log2().max())
+    for _ in range(60):
+        level = (low + high) / 2
+        spent = float((variances.log2() - level).clamp_min(0).sum()) / 2
+        low, high = (level, high) if spent > budget else (low, level)
+    return (low + high) / 2
 
 
 def fit_tail(

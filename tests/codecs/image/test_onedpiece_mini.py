@@ -10,7 +10,7 @@ from anytok.codecs.training.onedpiece import psnr
 from anytok.modalities import Image
 
 TINY = OneDPieceMiniConfig(
-    image_size=16, coefficients=192, components=24, head_tokens=4, head_width=4,
+    image_size=16, coefficients=192, components=24, head_tokens=4,
     block=4, block_width=16, stages=2, codes=32, widths=(16, 16, 32),
 )  # fmt: skip
 
@@ -79,6 +79,31 @@ def test_an_untrained_network_changes_nothing(codec):
         assert counts[:, 1].mean().item() == pytest.approx(max(0, k - 4) / 32)
 
 
+@torch.no_grad()
+def test_a_token_says_the_same_whatever_stands_before_it(codec):
+    codes = codec.tokenize(scenes(2, 5), 4)
+    mixed = torch.stack([codes[0], torch.cat([codes[1, :2], codes[0, 2:]])])
+    both = codec.decode_head(mixed)
+    start = codec.groups()[2].start
+    assert torch.equal(both[0, start:], both[1, start:])
+    assert not torch.equal(both[0, :start], both[1, :start])
+    added = sum(codec.position_vectors(t)[c] for t, c in enumerate(codes[0].tolist()))
+    torch.testing.assert_close(added, codec.decode_head(codes[:1])[0])
+
+
+def test_groups_are_cut_so_that_each_costs_a_token():
+    variances = 2.0 ** -torch.arange(40.0)
+    even = onedpiece_basis.cut(variances, 4, 12.0, early=1.0)
+    level = onedpiece_basis.water_level(variances, 48.0)
+    bits = (variances.log2() - level).clamp_min(0) / 2
+    spent = [float(bits[a:b].sum()) for a, b in zip([0, *even], even)]
+    assert sum(spent) == pytest.approx(48, abs=1e-3)
+    assert max(spent) < 12 + float(bits[0])
+    early = onedpiece_basis.cut(variances, 4, 12.0, early=0.5)
+    assert early[0] >= even[0]
+    assert early[-1] == even[-1] == 40
+
+
 def test_saving_moves_no_code(codec, tmp_path):
     save_codec(codec, tmp_path / "mini.safetensors", dtype=torch.float16)
     again = load_codec(tmp_path / "mini.safetensors")
@@ -109,5 +134,5 @@ def test_gradients_reach_the_whole_network(codec):
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="image_size is 60"):
         OneDPieceMiniConfig(image_size=60)
-    with pytest.raises(ValueError, match="head_width <= components"):
+    with pytest.raises(ValueError, match="head_tokens <= components"):
         OneDPieceMiniConfig(components=8)
