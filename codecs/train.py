@@ -12,7 +12,7 @@ from .training import entry
 # name -> module and function; the function makes a Task of a config
 TASKS: dict[str, str] = {
     name: f"{__package__}.training.{name}:task"
-    for name in ("onedpiece", "dac", "rvq_mini", "cvivit", "octgpt")
+    for name in ("onedpiece", "dac", "rvq_mini", "s3", "flow", "hift", "cvivit", "octgpt")
 }
 CONFIGS = Path(__file__).parent / "training"
 
