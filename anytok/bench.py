@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from .report import Row, table
-
 if TYPE_CHECKING:
     from .generators.pipeline import AnyToAny
     from .generators.speculative import Speculation
@@ -76,6 +74,8 @@ def decode(
     if as_json:
         typer.echo(json.dumps(rows))
     else:
+        from .report import Row, table
+
         out.print(table([Row(row.pop("mode"), values=shown(row)) for row in rows], "decoding"))
 
 

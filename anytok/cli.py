@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from .bench import app as bench_app
 from .view import view
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ train_app = typer.Typer(
     no_args_is_help=True, help="Train a codec or a backbone on a folder of media."
 )
 app.add_typer(train_app, name="train")
+app.add_typer(bench_app, name="bench")
 app.command()(view)
 out, err = Console(), Console(stderr=True)
 

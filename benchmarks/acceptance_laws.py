@@ -6,13 +6,16 @@ Every branch is enumerated; nothing is drawn. Contexts are synthetic (seeded): c
 size 24), logits smooth over them, siblings the likeliest of noisy logits. `delta` of the published rules is nominal.
 With --model the laws are a model's own, along pictures that it writes itself (guided, as the model's defaults say), and
 the neighbours its codec's; siblings are again the likeliest of noisy logits.
+"drawn" siblings come from the noisy logits' law instead, averaged over DRAWS seeded draws; of one sibling that is the
+overlap of both laws.
 The line "at equal distance" gives certified mode the distance that the published rule was measured to have.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Annotated, Optional
 
 import torch
@@ -23,19 +26,20 @@ from torch import Tensor
 from anytok.backbone.grammar import Grammar
 from anytok.backbone.interleave import BOS, Item
 from anytok.codecs.registry import load_codec
-from anytok.generators.acceptance import Published, emitted, pulled
+from anytok.generators.acceptance import Published, emitted, leaning, pulled
 from anytok.generators.pipeline import AnyToAny
 from anytok.generators.sampling import Sampling, guided, probabilities
+from anytok.generators.trees import drawn
 from anytok.modalities.text import Text
 
 SIBLINGS = (1, 3, 5)
-Context = tuple[
-    Tensor, Tensor, Tensor, Tensor
-]  # law [n], five siblings, their neighbours and gaps [5, k + 1]
+DRAWS = 8
+# law [n], noisy logits [n], and neighbours of any places: places and gaps [m, k + 1]
+Context = tuple[Tensor, Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]
 
 
 def context(size: int, seed: int, sharp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A law [n], codes [n, d], and five siblings by noisy logits."""
+    """A law [n], codes [n, d], and noisy logits [n]."""
     rng = torch.Generator().manual_seed(seed)
     codes = F.normalize(torch.randn(size, 8 if size > 100 else 4, generator=rng), dim=-1)
     centres = F.normalize(torch.randn(6, codes.shape[1], generator=rng), dim=-1)
@@ -43,7 +47,7 @@ def context(size: int, seed: int, sharp: float) -> tuple[Tensor, Tensor, Tensor]
     logits = sharp * (smooth + 0.5 * torch.randn(size, generator=rng))
     law = probabilities(logits[None], Sampling(top_k=min(2000, size)))[0].double()
     noisy = logits + 0.5 * sharp * torch.randn(size, generator=rng)
-    return law / law.sum(), codes, noisy.topk(max(SIBLINGS)).indices
+    return law / law.sum(), codes, noisy
 
 
 def near(codes: Tensor, siblings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -77,13 +81,40 @@ def whole_neighbours(
     return own + budget - left, budget - left
 
 
+def drawn_rules(
+    law: Tensor,
+    noisy: Tensor,
+    neighbours: Callable[[Tensor], tuple[Tensor, Tensor]],
+    count: int,
+    rules: list[tuple[str, float]],
+) -> Iterator[tuple[str, str, float]]:
+    """How often one of `count` drawn siblings stands: lossless, certified, published."""
+    q = noisy.double().softmax(-1)
+    rng = torch.Generator().manual_seed(count)
+    draws = [drawn(q[None], count, rng)[0].tolist() for _ in range(DRAWS)]
+
+    def stands(target: Tensor, **more) -> float:
+        return sum(emitted(target, own, q=q, **more)[1] for own in draws) / DRAWS
+
+    yield "lossless, drawn", "", stands(law)
+    for kind, number in rules:
+        key = f"{kind} {number:g}"
+        if kind == "delta":
+            yield "certified, drawn", key, stands(leaning(law, q, neighbours, number).law)
+        near = [neighbours(torch.tensor(own))[0] for own in draws]
+        k = near[0].shape[1] - 1
+        rule = Published(k=min(k, 10) if kind == "factor" else k, **{kind: number})
+        found = [emitted(law, own, n, q=q, relaxation=rule)[1] for own, n in zip(draws, near)]
+        yield "published, drawn", key, sum(found) / DRAWS
+
+
 def synthetic(size: int, seeds: int) -> Iterator[Context]:
     """Contexts of random codes."""
     k = 10 if size < 100 else 1000
     for seed in range(seeds):
         for sharp in (0.5, 1.0, 2.0):
-            law, codes, five = context(size, seed, sharp)
-            yield law, five, *near(codes, five, k + 1)
+            law, codes, noisy = context(size, seed, sharp)
+            yield law, noisy, partial(near, codes, k=k + 1)
 
 
 @torch.inference_mode()
@@ -119,8 +150,8 @@ def real(path: str, codec: str | None, prompts: list[str], every: int) -> Iterat
             )
             law = probabilities(logits[None], sampling)[0].double()
             noisy = logits + logits.std() / 4 * torch.randn(logits.shape, generator=rng)
-            five = noisy.topk(max(SIBLINGS)).indices
-            yield law / law.sum(), five, *near(tables.position_vectors(place), five, 101)
+            codes = tables.position_vectors(place)
+            yield law / law.sum(), noisy, partial(near, codes, k=101)
 
 
 def main(
@@ -140,8 +171,13 @@ def main(
         else real(model, codec, prompt or ["noto red apple"], every)
     )
     sums: dict[tuple, list[tuple[float, float]]] = {}
-    for law, five, whole_places, whole_gaps in contexts:
+    for law, noisy, neighbours in contexts:
+        five = noisy.topk(max(SIBLINGS)).indices
+        whole_places, whole_gaps = neighbours(five)
         k = whole_places.shape[1] - 1
+        for count in SIBLINGS:
+            for name, key, stood in drawn_rules(law, noisy, neighbours, count, rules):
+                sums.setdefault((count, name, key), []).append((stood, float("nan")))
         for count in SIBLINGS:
             siblings, places, gaps = five[:count], whole_places[:count], whole_gaps[:count]
             exact = float(law[siblings].sum())

@@ -507,21 +507,27 @@ class Speculative(Autoregressive):
             rows, outs, states, options
         ):
             law = logits.float().softmax(-1) if sampling.greedy else probabilities(logits, sampling)
-            for b in sorted(set(members.tolist())):
-                own = [
-                    i for i, m in enumerate(members.tolist()) if m == b and alive[b][int(places[i])]
-                ]
-                if not own:
-                    continue
-                part = law[own].to(rows[b].rng.device)
-                if sampling.greedy:
-                    where = part.topk(min(count, part.shape[1])).indices
-                else:
-                    where = drawn(part, count, rows[b].rng)
-                names = torch.where(where < 0, -1, _ids(where.clamp(min=0), ranges))
-                for i, x, c in zip(own, names.tolist(), conditional(part, where).tolist()):
+            at = list(zip(members.tolist(), places.tolist()))
+            own: dict[int, list[int]] = {}
+            for i, (b, e) in enumerate(at):
+                if alive[b][e]:
+                    own.setdefault(b, []).append(i)
+            if not own:
+                continue
+            if sampling.greedy:
+                where = law.topk(min(count, law.shape[1])).indices
+            else:
+                where = law.new_full((len(law), min(count, law.shape[1])), -1, dtype=torch.int64)
+                for b, lines in own.items():
+                    part = law if len(lines) == len(law) else law[lines]
+                    draws = drawn(part.to(rows[b].rng.device), count, rows[b].rng)
+                    where[lines] = draws.to(where.device)
+            names = torch.where(where < 0, -1, _ids(where.clamp(min=0), ranges)).tolist()
+            chances = conditional(law, where).tolist()
+            for lines in own.values():
+                for i in lines:
                     kept = None if sampling.greedy else law[i]
-                    found[b, int(places[i])] = _Draws(x, c, kept)
+                    found[at[i]] = _Draws(names[i], chances[i], kept)
         return found
 
     # the model's pass and the choice

@@ -65,7 +65,5 @@ def test_a_run_writes_a_drafter_of_its_target(config, tmp_path):
     path.write_text(json.dumps(config))
     product = entry.train(TASKS, tmp_path, str(path), {})
     drafter = load_drafter(product, model().transformer)
+    assert product.name == "final.safetensors"
     assert not drafter.fc.weight.equal(Drafter(model().transformer).fc.weight)
-    # It goes on from its last checkpoint.
-    product = entry.train(TASKS, tmp_path, str(path), {"steps": 3})
-    assert not load_drafter(product, model().transformer).fc.weight.equal(drafter.fc.weight)
