@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..codecs.published import KEY, File, Weights, WeightsError, find, load_into, read_weights
+from ..codecs.published import KEY, Weights, WeightsError, load_into, read_weights
 from ..codecs.published import write_safetensors as write
 from . import masks
 from .cache import KVCache
@@ -81,9 +81,6 @@ SIZES = {
     "b": XARConfig(),
     "l": XARConfig(width=1024, ffn=2730, heads=16, encoder_layers=16, decoder_layers=16),
     "h": XARConfig(width=1280, ffn=3413, heads=16, encoder_layers=20, decoder_layers=20),
-}
-PUBLISHED = {
-    f"xar/{size}": File(name=f"xAR-{size.upper()}.pth", repo="OliverRen/xAR") for size in SIZES
 }
 
 
@@ -272,12 +269,22 @@ class XAR(nn.Module):
             none[:, 0] = self.config.classes
         return none
 
-    def cache(self, rows: int) -> KVCache:
-        """An empty cache for all but the last entity, and room for the one in progress."""
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.config.channels
+
+    @property
+    def classes(self) -> int:
+        """Labels are 0 ... classes - 1; the next one is the null."""
+        return self.config.classes
+
+    def open(self, labels: Tensor) -> KVCache:
+        """An empty cache for rows of these labels: all but the last entity, and room for the one in progress."""
         c = self.config
         return KVCache(
             layers=c.layers,
-            rows=rows,
+            rows=len(labels),
             kv_heads=c.heads,
             head_width=c.width // c.heads,
             capacity=self.entities.length,
@@ -302,7 +309,7 @@ class XAR(nn.Module):
     def _call(self, z: Tensor, first: int, count: int, cache: KVCache | None) -> _Call:
         start, stop = self.entities.span(first, first + count)
         held = 0 if cache is None else cache.row_lengths()[0]
-        if z.shape[1] != stop - start or held != (start if cache is not None else 0):
+        if z.shape[1] != stop - start or (cache is not None and held != start):
             raise ValueError(
                 f"{z.shape[1]} positions over {held} held ones; entities {first} ... {first + count - 1} "
                 f"have {stop - start} and come after {start}"
@@ -329,23 +336,13 @@ class XAR(nn.Module):
             nn.init.normal_(table, std=0.02)
 
 
-def load_xar(name: str | Path, path: str | Path | None = None) -> XAR:
-    """A network by name (`xar/b`, `xar/l`, `xar/h`), or from a file that was published or that `save_xar` wrote.
-
-    Args:
-        path: the file, or its folder, where it should not come from the hub.
+def load_xar(path: str | Path) -> XAR:
+    """A network from a published file, or from one that `save_xar` wrote.
 
     Raises:
-        WeightsError, CodecUnavailable: as `load_codec`.
+        WeightsError: another system's file, or a damaged one.
     """
-    if name in PUBLISHED:
-        file = find(PUBLISHED[str(name)], path)
-    elif Path(name).is_file():
-        file = Path(name)
-    else:
-        known = ", ".join(PUBLISHED)
-        raise WeightsError(f"{name}: no such file; published networks are {known}")
-    return _from_weights(read_weights(file))
+    return _from_weights(read_weights(path))
 
 
 def save_xar(

@@ -13,19 +13,24 @@ B rows, T positions of an entity, C channels, L positions in all, h w sides of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbone.cache import KVCache
+from ..backbone.entities import Entities
 from ..backbone.heads import thousandths
 from ..backbone.xar import XAR
 from ..codecs.codec import LatentCodec, item_rngs
+from ..codecs.published import Weights
 from ..modalities.image import Image
+
+if TYPE_CHECKING:
+    from .published import Row
 
 LAST = 0.04  # the time from which the SDE ends in one step without noise
 SHARED_ROWS = 16  # up to here modulations of all steps are computed at once, since reading weights is what costs
@@ -71,14 +76,6 @@ class NextXOptions:
         return torch.cat([asked, torch.zeros(1, dtype=torch.float64)])
 
 
-# steps and guidance that are published for each size
-OPTIONS = {
-    "xar/b": NextXOptions(),
-    "xar/l": NextXOptions(steps=50, cfg=2.3),
-    "xar/h": NextXOptions(steps=50, cfg=2.2),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class LatentRequest:
     """One picture to draw.
@@ -109,11 +106,74 @@ class LatentEvent(NamedTuple):
     reason: str | None = None
 
 
-class NextX:
-    """Draws latents with an `XAR`."""
+class EntityNetwork(Protocol):
+    """What gives velocities: an `XAR`, or the shared transformer behind prompts (`backbone.mixed.Prompted`)."""
 
-    def __init__(self, network: XAR):
-        self.network = network.eval()
+    entities: Entities
+
+    @property
+    def pred(self) -> nn.Linear:
+        """The last layer, which says type and device."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        ...
+
+    @property
+    def classes(self) -> int:
+        """Labels are 0 ... classes - 1; the next one is the null."""
+        ...
+
+    def null(self, labels: Tensor) -> Tensor:
+        """Labels of the same shape that mean no class."""
+        ...
+
+    def modulate(self, labels: Tensor, times: Tensor) -> Tensor | None:
+        """What calls with these labels [R, n] and times [R, S] share, steps in the third place; None for nothing."""
+        ...
+
+    def open(self, labels: Tensor) -> KVCache:
+        """A cache that holds what stands before the first entity of these rows."""
+        ...
+
+    def __call__(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        times: Tensor,
+        *,
+        first: int,
+        cache: KVCache,
+        keep: int,
+        modulations: Tensor | None,
+    ) -> Tensor:
+        """Velocities, as `XAR.forward`."""
+        ...
+
+
+class NextX:
+    """Draws latents, entity after entity.
+
+    Args:
+        network: in eval mode.
+        options: what `run` uses where it is given none.
+        codec: the name of the `LatentCodec` whose latents the network writes, where known.
+    """
+
+    critic = None  # masked decoding of other systems may have one
+
+    def __init__(
+        self,
+        network: EntityNetwork,
+        *,
+        options: NextXOptions | None = None,
+        codec: str | None = None,
+    ):
+        self.network = network
+        self.options = options or NextXOptions()
+        self.codec = codec
         self.entities = network.entities
 
     def run(
@@ -136,7 +196,7 @@ class NextX:
         groups: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(request.keep, []).append(i)
-        return self._all(requests, options or NextXOptions(), rngs, groups)
+        return self._all(requests, options or self.options, rngs, groups)
 
     def sample(
         self,
@@ -172,7 +232,7 @@ class NextX:
                     yield LatentEvent(i, total, row, reason)
 
     def _check(self, number: int, request: LatentRequest) -> None:
-        classes, count = self.network.config.classes, len(self.entities)
+        classes, count = self.network.classes, len(self.entities)
         if any(not 0 <= label < classes for label in request.labels):
             raise ValueError(
                 f"request {number} has the labels {request.labels}, expected some of 0 ... {classes - 1}"
@@ -190,7 +250,7 @@ class _Drawing:
 
     def __init__(
         self,
-        network: XAR,
+        network: EntityNetwork,
         requests: Sequence[LatentRequest],
         options: NextXOptions,
         rngs: list[torch.Generator],
@@ -201,7 +261,6 @@ class _Drawing:
         self.times = options.times()
         self.clean = self._kept(requests)
         self.read = 0  # entities in the cache
-        self.cache: KVCache | None = None
         self.rows = 0  # of the last call: B, or 2 B with guidance
         self.shared: Tensor | None = None
 
@@ -209,9 +268,9 @@ class _Drawing:
         """Draw entity `number`; returns all positions so far, [B, n, C]."""
         entities = self.network.entities
         guidance = self.options.guidance(number, len(entities))
-        shape = (entities.sizes[number], self.network.config.channels)
+        shape = (entities.sizes[number], self.network.channels)
         x = normal(self.rngs, shape, torch.float32).to(self.weight.device).double()
-        self._begin(number, guided=guidance > 1)
+        self._begin(guided=guidance > 1)
         for i, (time, after) in enumerate(pairwise(self.times.tolist())):
             velocity = self._velocity(x, number, i).double()
             if guidance > 1:
@@ -232,12 +291,12 @@ class _Drawing:
         noise = normal(self.rngs, x.shape[1:], torch.float64).to(x.device)
         return x_after + (2 * time * (time - after)) ** 0.5 * noise
 
-    def _begin(self, number: int, *, guided: bool) -> None:
+    def _begin(self, *, guided: bool) -> None:
         """Rows, cache and modulations of the calls of one entity."""
         labels = torch.cat([self.labels, self.network.null(self.labels)]) if guided else self.labels
-        if number > 0 and self.cache is None:
-            self.cache = self.network.cache(len(labels))
         if len(labels) != self.rows:
+            # Guidance begins at the first or the second entity: no entity is in the cache yet, none is lost.
+            self.cache = self.network.open(labels)
             self.rows, self.all_labels = len(labels), labels
             self.shared = None
             if len(labels) <= SHARED_ROWS:
@@ -270,7 +329,7 @@ class _Drawing:
 
     def _labels(self, requests: Sequence[LatentRequest]) -> Tensor:
         """[B, n], -1 where a row has fewer."""
-        null = self.network.config.classes
+        null = self.network.classes
         rows = [list(request.labels) or [null] for request in requests]
         most = max(map(len, rows), default=1)
         padded = [row + [-1] * (most - len(row)) for row in rows]
@@ -281,10 +340,17 @@ class _Drawing:
         keep = requests[0].keep
         stop = self.network.entities.span(0, keep)[1]
         if keep == 0:
-            shape = (len(requests), 0, self.network.config.channels)
+            shape = (len(requests), 0, self.network.channels)
             return torch.zeros(shape, device=self.weight.device)
         latents = torch.stack([r.latents for r in requests if r.latents is not None])
         return self.network.entities.split(latents.float().to(self.weight.device))[:, :stop]
+
+
+def build(files: Mapping[str, Weights], row: Row) -> NextX:
+    """The generator of a row of `generators.published`."""
+    weights = files["weights"]
+    network = XAR.from_published(weights.tensors, row.config, source=weights.source)
+    return NextX(network, options=NextXOptions(**row.options), codec=row.codec)
 
 
 def normal(rngs: Sequence[torch.Generator], shape: Sequence[int], dtype: torch.dtype) -> Tensor:

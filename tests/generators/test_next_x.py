@@ -10,6 +10,7 @@ from anytok.backbone.xar import XAR, XARConfig
 from anytok.codecs.image.kl16 import KL16, KL16Config
 from anytok.generators import next_x
 from anytok.generators.next_x import LatentRequest, NextX, NextXOptions, pictures
+from anytok.generators.published import load_generator
 from tests.golden.load import load_golden
 
 
@@ -195,6 +196,14 @@ def test_pictures_through_the_latent_codec(network):
     with torch.no_grad():
         expected = (codec.decode_latents(latents).clamp(-1, 1) + 1) / 2
     torch.testing.assert_close(images[1].pixels, expected[1])
+
+
+def test_published_names(golden, tmp_path):
+    torch.save(golden["state_dict"], tmp_path / "xAR-L.pth")
+    generator = load_generator("xar/l", tmp_path)
+    assert (generator.options.steps, generator.options.cfg) == (50, 2.3)
+    assert generator.codec == "kl16/mar"
+    assert generator.network.config.width == 32
 
 
 def test_bad_input(network):
