@@ -108,7 +108,7 @@ class FlowConfig:
 
 
 PUBLISHED = {
-    V1: FlowConfig(version="v1", vocab=4096, channels=(256, 256), token_rate=50),
+    V1: FlowConfig(version="v1", vocab=4096, up_layers=0, channels=(256, 256), token_rate=50),
     V2: FlowConfig(),
     V3: FlowConfig(version="v3", width=80, velocity_heads=16),
 }

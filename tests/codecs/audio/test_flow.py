@@ -172,9 +172,7 @@ def test_published_size(version):
         net = make_flow(PUBLISHED[version])
         state = net.state_dict()
     assert sum(p.numel() for p in net.decoder.parameters()) == VELOCITY[version]
-    assert flow.infer_config(state, {}) == replace(
-        PUBLISHED[version], **({} if version != "v3" else {"width": 80})
-    )
+    assert flow.infer_config(state, {}) == PUBLISHED[version]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
