@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...modalities.features import HifiMel, hifi_mel
-from ..audio.cosyvoice.codec import MELS, CosyVoice, CosyVoiceConfig
+from ..audio.cosyvoice.codec import MELS, CosyVoice, Networks
 from ..audio.cosyvoice.hift import HiFT, HiFTConfig, Noise
 from ..audio.cosyvoice.s3 import S3Tokenizer
 from ..layers.conv import fuse_weight_norm, train_with_weight_norm
@@ -233,16 +233,9 @@ def assemble(tokenizer: str | Path, flow: str | Path, vocoder: HiFT) -> CosyVoic
     if not isinstance(codec, S3Tokenizer):
         raise WeightsError(f"{tokenizer} is '{codec.spec.name}', expected an S3 tokenizer")
     speakers, mel = load_flow(flow)
-    config = CosyVoiceConfig(
-        tokenizer=codec.config,
-        speaker=speakers.campplus.config,
-        flow=speakers.flow.config,
-        vocoder=vocoder.config,
-        mel=mel,
-    )
-    whole = CosyVoice(config, name=NAME, licences=("Apache-2.0", "Apache-2.0"))
-    whole.tokenizer, whole.campplus = codec, speakers.campplus
-    whole.flow, whole.vocoder = speakers.flow, vocoder
+    networks = Networks(codec, speakers.campplus, speakers.flow, vocoder)
+    licences = ("Apache-2.0", "Apache-2.0")
+    whole = CosyVoice(networks.config(mel), networks=networks, name=NAME, licences=licences)
     return whole.eval()
 
 

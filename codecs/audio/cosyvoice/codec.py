@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -140,8 +140,35 @@ class Speech:
             raise ValueError("voice and speaker are both given, expected one of them")
 
 
+class Networks(NamedTuple):
+    """What a codec is made of."""
+
+    tokenizer: S3Tokenizer
+    campplus: CAMPPlus
+    flow: Flow
+    vocoder: HiFT
+
+    @classmethod
+    def fresh(cls, config: CosyVoiceConfig) -> Networks:
+        """With random weights."""
+        c = config
+        return cls(
+            S3Tokenizer(c.tokenizer), CAMPPlus(c.speaker), make_flow(c.flow), HiFT(c.vocoder)
+        )
+
+    def config(self, mel: HifiMel) -> CosyVoiceConfig:
+        """Their sizes, with the mel between flow and vocoder."""
+        return CosyVoiceConfig(
+            tokenizer=self.tokenizer.config,
+            speaker=self.campplus.config,
+            flow=self.flow.config,
+            vocoder=self.vocoder.config,
+            mel=mel,
+        )
+
+
 class CosyVoice(Codec):
-    """Speech to tokens and back."""
+    """Speech to tokens and back; `networks` are those of `config`, None makes fresh ones."""
 
     system = "cosyvoice"
 
@@ -149,15 +176,14 @@ class CosyVoice(Codec):
         self,
         config: CosyVoiceConfig,
         *,
+        networks: Networks | None = None,
         name: str = "cosyvoice/custom",
         licences: tuple[str, str] = ("Apache-2.0", "unknown"),
     ):
         super().__init__()
         self.config = c = config
-        self.tokenizer = S3Tokenizer(c.tokenizer)
-        self.campplus = CAMPPlus(c.speaker)
-        self.flow = make_flow(c.flow)
-        self.vocoder = HiFT(c.vocoder)
+        parts = Networks.fresh(c) if networks is None else networks
+        self.tokenizer, self.campplus, self.flow, self.vocoder = parts
         self.speakers: dict[str, Voice] = {}
         self.spec = CodecSpec(
             name=name,
@@ -513,16 +539,9 @@ def build(files: Mapping[str, Weights], entry: Entry) -> CosyVoice:
     heard = files["vocoder"]
     vocoder = HiFT.from_published(heard.tensors, {"version": version}, source=heard.source)
     campplus = CAMPPlus.from_published(tensors, source=speaker.source)
-    config = CosyVoiceConfig(
-        tokenizer=tokenizer.config,
-        speaker=campplus.config,
-        flow=flow.config,
-        vocoder=vocoder.config,
-        mel=MELS[version],
+    networks = Networks(tokenizer, campplus, flow, vocoder)
+    codec = CosyVoice(
+        networks.config(MELS[version]), networks=networks, name=entry.name, licences=licences
     )
-    with torch.device("meta"):
-        codec = CosyVoice(config, name=entry.name, licences=licences)
-    codec.tokenizer, codec.campplus = tokenizer, campplus
-    codec.flow, codec.vocoder = flow, vocoder
     codec.speakers = _speakers_beside(given.source, entry.files["flow"].repo)
     return codec.eval()
