@@ -449,7 +449,7 @@ class MaskedAR:
     ) -> Tensor:
         """One pass: the codes with those of the positions `reveal` [B, N] written."""
         network = self.network
-        if options.cfg == 1:
+        if options.cfg == 1 or not bool((labels >= 0).any()):  # nothing to guide
             features = network(codes, known, labels)[reveal]
         else:
             both = torch.cat([labels, torch.full_like(labels, -1)])

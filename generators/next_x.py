@@ -258,6 +258,7 @@ class _Drawing:
         self.network, self.options, self.rngs = network, options, rngs
         self.weight = network.pred.weight
         self.labels = self._labels(requests)
+        self.conditioned = any(request.labels for request in requests)  # else nothing is to guide
         self.times = options.times()
         self.clean = self._kept(requests)
         self.read = 0  # entities in the cache
@@ -267,7 +268,7 @@ class _Drawing:
     def entity(self, number: int) -> Tensor:
         """Draw entity `number`; returns all positions so far, [B, n, C]."""
         entities = self.network.entities
-        guidance = self.options.guidance(number, len(entities))
+        guidance = self.options.guidance(number, len(entities)) if self.conditioned else 1.0
         shape = (entities.sizes[number], self.network.channels)
         x = normal(self.rngs, shape, torch.float32).to(self.weight.device).double()
         self._begin(guided=guidance > 1)

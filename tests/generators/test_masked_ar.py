@@ -186,7 +186,8 @@ def test_without_guidance_one_half_is_computed(monkeypatch):
     generator = MaskedAR(network)
     generator.fill([CodesRequest(label=0)], MaskedAROptions(steps=2, cfg=1.0))
     generator.fill([CodesRequest(label=0)], MaskedAROptions(steps=2))
-    assert rows == [1, 1, 2, 2]
+    generator.fill([CodesRequest()], MaskedAROptions(steps=2))
+    assert rows == [1, 1, 2, 2, 1, 1]
 
 
 def test_everything_frozen_is_given_back():
