@@ -9,9 +9,9 @@ How many stay open falls along a curve to none. What differs between systems is 
 - guidance: `u + (c - u) w`, where w goes from 1 to `cfg` along `guidance`, in one batch with the condition and without.
 
 What no step changes (a caption's keys and values, position biases) is computed once (`prepare`). A row's codes do not
-depend on its batch-mates: it counts its own open positions and draws from its own generator, in the published order
-(numbers of every position, then of every doubt), so published traces replay. Other loops may use `open_positions`,
-`gumbel` and `most`.
+depend on its batch-mates: it counts its own free positions and draws for these alone, from its own generator, in the
+published order (codes, then doubts), so published traces replay. Other loops may use `open_positions`, `gumbel`,
+`most` and `Numbers`.
 
 Letters: B requests, R rows (B, or 2 B with guidance), N positions, V codes, L condition positions.
 """
@@ -260,20 +260,21 @@ class MaskGIT:
             judge = Guided(self.critic, canvases, options)
         ids = torch.stack([canvas.codes for canvas in canvases]).to(predict.device)
         masked = free = ids < 0  # [B, N]
+        numbers_of = Numbers(rng, free)
         frees = free.sum(1).tolist()
         opened = list(frees)
         for step in range(options.steps):
             logits = predict(ids.masked_fill(masked, self.network.vocab), step).float()
             logits = logits / options.softmax_at(step)
-            drawn = draw_codes(logits, options, step, rng)
+            drawn = draw_codes(logits, options, step, numbers_of)
             ids = torch.where(masked, drawn, ids)
             if step == options.steps - 1:
                 break
             if judge is not None:
-                doubt = _criticised(judge(ids, step).float(), options, step, rng)
+                doubt = _criticised(judge(ids, step).float(), options, step, numbers_of)
                 candidates = free
             else:
-                doubt = _doubt(logits, ids, options, step, rng)
+                doubt = _doubt(logits, ids, options, step, numbers_of)
                 candidates = masked
             opened = [options.open_after(step, f, o) for f, o in zip(frees, opened)]
             masked = most(doubt.masked_fill(~candidates, -math.inf), opened)
@@ -328,24 +329,44 @@ def open_positions(done: float, n: int, curve: str = "cosine", rounding: str = "
     return math.floor(exact) if rounding == "floor" else round(exact)
 
 
-def gumbel(rng: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Gumbel noise [B, *shape], row i from rng[i]."""
-    rows = [torch.rand(shape, generator=g, device=g.device) for g in rng]
+class Numbers:
+    """Uniform numbers for the free positions of each row, from the row's own generator.
+
+    Args:
+        rng: one a row.
+        free: which positions are drawn at all, [B, N] bool.
+    """
+
+    def __init__(self, rng: Sequence[torch.Generator], free: Tensor):
+        self.rng, self.device, self.n = rng, free.device, free.shape[1]
+        self.places = [row.nonzero().squeeze(-1) for row in free.cpu()]
+
+    def __call__(self, *shape: int) -> Tensor:
+        """[B, N, *shape]; 0.5 where a position is not free."""
+        rows = [self._row(g, places, shape) for g, places in zip(self.rng, self.places)]
+        return torch.stack(rows).to(self.device)
+
+    def _row(self, g: torch.Generator, places: Tensor, shape: tuple[int, ...]) -> Tensor:
+        drawn = torch.rand((len(places), *shape), generator=g, device=g.device)
+        if len(places) == self.n:
+            return drawn
+        return drawn.new_full((self.n, *shape), 0.5).index_copy_(0, places.to(g.device), drawn)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Gumbel noise from uniform numbers, in their place."""
     # 0 is drawn now and then; its noise must stay finite, for temperature 0 multiplies it.
-    uniform = torch.stack(rows).to(device).clamp_(min=1e-20)
-    return uniform.log_().neg_().log_().neg_()
+    return uniform.clamp_(min=1e-20).log_().neg_().log_().neg_()
 
 
-def draw_codes(
-    logits: Tensor, options: Unmasking, step: int, rng: Sequence[torch.Generator]
-) -> Tensor:
+def draw_codes(logits: Tensor, options: Unmasking, step: int, numbers: Numbers) -> Tensor:
     """One code [B, N] for each position, from logits [B, N, V] at the step's temperature.
 
     argmax(logits + T * Gumbel) is a draw from softmax(logits / T).
     """
     if options.temperature == 0:
         return logits.argmax(-1)
-    noise = gumbel(rng, tuple(logits.shape[1:]), logits.device)
+    noise = gumbel(numbers(logits.shape[-1]))
     return noise.mul_(options.temperature_at(step)).add_(logits).argmax(-1)
 
 
@@ -357,30 +378,22 @@ def most(doubt: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.zeros_like(doubt, dtype=torch.bool).scatter(1, order, places < wanted)
 
 
-def _doubt(
-    logits: Tensor, ids: Tensor, options: Unmasking, step: int, rng: Sequence[torch.Generator]
-) -> Tensor:
+def _doubt(logits: Tensor, ids: Tensor, options: Unmasking, step: int, numbers: Numbers) -> Tensor:
     """How unsure each drawn code is: [B, N] of logits [B, N, V] and ids [B, N]."""
-    n = ids.shape[1]
     if options.doubt == "chance":
-        return torch.stack([torch.rand(n, generator=g, device=g.device) for g in rng]).to(
-            ids.device
-        )
+        return numbers()
     if options.doubt == "probability":
         logits = logits.log_softmax(-1)
     sure = logits.gather(-1, ids[..., None]).squeeze(-1)
     if options.doubt == "logit" and options.temperature > 0:
-        sure = sure + options.temperature_at(step) * gumbel(rng, (n,), ids.device)
+        sure = sure + options.temperature_at(step) * gumbel(numbers())
     return -sure
 
 
-def _criticised(
-    said: Tensor, options: Unmasking, step: int, rng: Sequence[torch.Generator]
-) -> Tensor:
+def _criticised(said: Tensor, options: Unmasking, step: int, numbers: Numbers) -> Tensor:
     """A critic's doubt [B, N] with uniform noise around 0 (Token-Critic, arXiv 2209.04439)."""
-    rows = [torch.rand(said.shape[1], generator=g, device=g.device) for g in rng]
     scale = options.critic_noise * ANNEAL[options.critic_anneal](options.done(step))
-    return said + scale * (torch.stack(rows).to(said.device) - 0.5)
+    return said + scale * (numbers() - 0.5)
 
 
 def shape_of(layout: Layout, units: int = 1) -> tuple[tuple[int, ...], int]:

@@ -12,6 +12,7 @@ from anytok.generators.generator import Canvas
 from anytok.generators.image_maskgit import ClassMaskConfig, class_network, from_published
 from anytok.generators.maskgit import (
     MaskGIT,
+    Numbers,
     Unmasking,
     gumbel,
     most,
@@ -265,11 +266,16 @@ def test_most_takes_as_many_as_it_is_told():
     assert most(doubt, [2, 0]).tolist() == [[False, True, True, False], [False] * 4]
 
 
-def test_gumbel_noise_is_finite_and_each_rows_own():
-    noise = gumbel(rngs(3), (1000, 20), torch.device("cpu"))
-    assert torch.isfinite(noise).all()
-    assert torch.equal(noise[1], gumbel([rngs(3)[1]], (1000, 20), torch.device("cpu"))[0])
-    assert abs(float(noise.mean()) - 0.5772) < 0.02
+def test_numbers_are_each_rows_own_and_for_what_is_free():
+    free = torch.ones(3, 10, dtype=torch.bool)
+    free[1, 4:] = False
+    drawn = Numbers(rngs(3), free)(20)
+    assert drawn.shape == (3, 10, 20)
+    assert torch.equal(drawn[1, :4], torch.rand(4, 20, generator=rngs(3)[1]))
+    assert (drawn[1, 4:] == 0.5).all()
+    noise = gumbel(torch.rand(20_000, generator=rngs(1)[0]))
+    assert abs(float(noise.mean()) - 0.5772) < 0.03
+    assert torch.isfinite(gumbel(torch.zeros(1))).all()
 
 
 def test_draws_follow_the_softmax():
