@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.console import Console
 
+from .bench_prune import prune
+
 if TYPE_CHECKING:
     from .generators.pipeline import AnyToAny
     from .generators.speculative import Speculation
@@ -19,6 +21,9 @@ app = typer.Typer(
 )
 out = Console()
 MODES = "plain, lossless, certified:DELTA, lantern:DELTA, lantern++:FACTOR"
+
+
+app.command("prune")(prune)
 
 
 @app.callback()

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from anytok.backbone.pruning.methods import METHODS, select
 from anytok.backbone.pruning.select import Visual
-from anytok.bench_prune import Plan, measure, rows_of
+from anytok.bench_costs import Plan, measure, rows_of
 from anytok.report import table
 
 LIMIT = 0.03  # of the prefill of all tokens
