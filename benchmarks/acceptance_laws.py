@@ -26,7 +26,7 @@ from torch import Tensor
 from anytok.backbone.grammar import Grammar
 from anytok.backbone.interleave import BOS, Item
 from anytok.codecs.registry import load_codec
-from anytok.generators.acceptance import Published, emitted, leaning, pulled
+from anytok.generators.acceptance import Published, emitted, pulled
 from anytok.generators.pipeline import AnyToAny
 from anytok.generators.sampling import Sampling, guided, probabilities
 from anytok.generators.trees import drawn
@@ -93,14 +93,15 @@ def drawn_rules(
     rng = torch.Generator().manual_seed(count)
     draws = [drawn(q[None], count, rng)[0].tolist() for _ in range(DRAWS)]
 
-    def stands(target: Tensor, **more) -> float:
-        return sum(emitted(target, own, q=q, **more)[1] for own in draws) / DRAWS
-
-    yield "lossless, drawn", "", stands(law)
+    yield "lossless, drawn", "", sum(emitted(law, own, q=q)[1] for own in draws) / DRAWS
     for kind, number in rules:
         key = f"{kind} {number:g}"
         if kind == "delta":
-            yield "certified, drawn", key, stands(leaning(law, q, neighbours, number).law)
+            found = [
+                emitted(law, own, *neighbours(torch.tensor(own)), q=q, budget=number)[1]
+                for own in draws
+            ]
+            yield "certified, drawn", key, sum(found) / DRAWS
         near = [neighbours(torch.tensor(own))[0] for own in draws]
         k = near[0].shape[1] - 1
         rule = Published(k=min(k, 10) if kind == "factor" else k, **{kind: number})

@@ -9,28 +9,26 @@ one it is LANTERN (arXiv 2410.03355) or LANTERN++ (arXiv 2502.06352) to the lett
 on the emitted law: siblings spend it again and again, more is taken away after a rejection than was given, and the
 target depends on the draw.
 
-`pulled` and `leaning` are ours, with a bound that holds ("certified"). They fix a law r before anything is drawn:
+`pulled` is ours, with a bound that holds ("certified"). Let S be the siblings, however they came about, and e_S the law
+of what the exact ladder emits given S; over the drafter's draws its mean is p. The certified law moves mass from ids y
+outside S to neighbours x in S, once for all siblings together, before anything is accepted:
 
-    r = p - (mass taken from ids y) + (the same mass given to neighbours x of y),   mass <= delta
+    r_S = e_S - (mass taken from ids y) + (the same mass given to neighbours x),   mass <= delta
 
-and then emit exactly r. Therefore, whatever was drafted, however many siblings there are, with guidance and truncation
-already inside p:
+and emits exactly r_S. Therefore, whatever was drafted, for any number of siblings, with guidance and truncation already
+inside p, the law of the emitted id given what stands before it is E_S[r_S], and
 
-    TV(emitted, p) = TV(r, p) = 1/2 sum |r - p| <= 1/2 (mass taken + mass given) = mass <= delta.
+    TV(E_S[r_S], p) = TV(E_S[r_S], E_S[e_S]) <= E_S[TV(r_S, e_S)] <= E_S[mass] <= delta.
 
-The same holds for an id's law given what stands before it alone, without the tree: that law is a mixture, over the
-trees that may have been there, of laws that are all within delta of p.
-
-- `pulled`, for likeliest ids: r may depend on the siblings, because they are a function of what stands before. To emit
-  r exactly is to draw from r and to see whether the id is among the siblings. Some sibling stands with probability
-  r(S) = min(1, p(S) + min(delta, p of all neighbours outside S)), and no law within delta of p that moves mass between
-  neighbours only has more: the mass is split where the whole neighbour would exceed the budget.
-- `leaning`, for drawn ids: r may depend on p and q alone, never on the draw; it moves mass from where p > q to
-  neighbours where p < q, and `Ladder(r, q)` emits it exactly.
-- Over a sequence: let e_t be the mass moved for the t-th id. Couple both laws as well as possible step by step; they
-  part at step t with probability at most e_t given what stands before, so TV(sequences) <= E[sum e_t]. `Ledger` keeps
-  sum e_t <= total on every path, and every e_t <= delta.
-  e_t may depend on the past in any way (it is known before the draw), so the ledger may choose when to spend.
+- Some sibling stands with probability e_S(S) + min(delta, e_S of all neighbours outside S), and no law within delta of
+  e_S that moves mass between neighbours only has more. Mass is split where a whole neighbour would exceed the budget.
+- Likeliest siblings (q None) are a function of what stands before: e_S = p. To emit r_S is to draw from it and to see
+  whether the id is among the siblings.
+- Drawn siblings: e_S outside S is the last rest of the ladder, times the probability R that all siblings are rejected.
+  So the ladder runs as ever, and only where it ends without a sibling up to delta / R of its rest is pulled.
+- Over a sequence: let e_t be the mass that is moved when the t-th id is chosen, given all before, rejections included.
+  Couple both ways of writing as well as possible step by step; they part there with probability at most e_t, so
+  TV(sequences) <= E[sum e_t]. `Ledger` keeps sum e_t <= total on every path; e_t may depend on the past in any way.
 
 n ids that may come (a law has n numbers), m siblings, k neighbours. Places are indices into a law; -1 is none.
 """
@@ -44,9 +42,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-REACH = 64  # ids towards which `leaning` moves mass
-ROUNDS = 3  # of `leaning`: what one round cannot place, the next one may
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +103,7 @@ class Ladder:
     def reject(self, x: int, near: Tensor | None = None) -> None:
         """What is left after x did not stand."""
         emptied = torch.empty(0, dtype=torch.int64, device=self.rest.device)
-        if near is not None and self._merged(x, near)[1]:
+        if near is not None and self.relaxation is not None and self._merged(x, near)[1]:
             emptied = near[: self.relaxation.k + 1]
             emptied = emptied[emptied >= 0]
         taken = torch.tensor([x], device=self.rest.device)
@@ -135,26 +130,37 @@ def emitted(
     p: Tensor,
     siblings: Sequence[int],
     near: Tensor | None = None,
+    distances: Tensor | None = None,
     *,
     q: Tensor | None = None,
     relaxation: Published | None = None,
+    budget: float = 0.0,
 ) -> tuple[Tensor, float]:
-    """The exact law [n] of the id that a ladder emits, over all its branches, and how probably a sibling stands.
+    """The exact law [n] of the id that is emitted, over all branches, and how probably a sibling stands.
 
     Args:
-        near: neighbours of each sibling, [m, k + 1].
+        near, distances: neighbours of each sibling, [m, k]; one column more for a published rule.
+        relaxation: the published rule, or
+        budget: of the certified one.
     """
     ladder, left = Ladder(p, q, relaxation), 1.0
     law = torch.zeros_like(p)
     for i, x in enumerate(siblings):
-        own = None if near is None else near[i]
+        own = None if near is None or relaxation is None else near[i]
         chance = min(1.0, ladder.chance(x, own))
         law[x] += left * chance
         left *= 1 - chance
         if left <= 0:
-            return law, 1.0
+            break
         ladder.reject(x, own)
-    return law + left * ladder.rest, 1 - left
+    if left > 0:
+        rest = ladder.rest
+        if budget > 0 and near is not None and distances is not None:
+            some = torch.tensor([list(siblings)], device=p.device)
+            share = p.new_tensor([min(1.0, budget / left)])
+            rest = pulled(rest[None], some, near[None], distances[None], share).law[0]
+        law = law + left * rest
+    return law, float(law[list(siblings)].sum())
 
 
 class Moved(NamedTuple):
@@ -215,36 +221,6 @@ def pulled(
     return Moved(law[:, :n].clamp(min=0), amounts.sum(1))
 
 
-def leaning(p: Tensor, q: Tensor, near, budget: float) -> Moved:
-    """Move up to `budget` of p's mass towards q, from neighbour to neighbour.
-
-    Args:
-        p, q: laws [n].
-        near: a function from places [x] to the places (-1 for none) and distances of their neighbours, [x, k] each.
-        budget: the most mass.
-    """
-    n = len(p)
-    law, moved = F.pad(p, (0, 1)), 0.0
-    wide = F.pad(q, (0, 1))
-    targets = (wide - law)[:n].topk(min(REACH, n)).indices
-    sources, distances = near(targets)
-    sources = torch.where(sources < 0, n, sources)
-    order = distances.flatten().argsort(stable=True)
-    for _ in range(ROUNDS):
-        need = (wide - law)[targets].clamp(min=0)
-        supply = (law - wide).clamp(min=0).index_fill(0, sources.new_tensor([n]), 0)[sources]
-        share = (need / supply.sum(1).clamp(min=1e-30)).clamp(max=1)
-        asked = torch.zeros_like(law).index_add(
-            0, sources.flatten(), share[:, None].expand_as(sources).flatten()
-        )
-        flows = (supply * share[:, None] / asked[sources].clamp(min=1)).flatten()[order]
-        flows = within(flows[None], law.new_tensor([budget - moved]))[0]
-        law = law.index_add(0, sources.flatten()[order], -flows)
-        law = law.index_add(0, targets[order // sources.shape[1]], flows)
-        moved += float(flows.sum())
-    return Moved(law[:n].clamp(min=0), law.new_tensor(moved))
-
-
 def within(amounts: Tensor, budget: Tensor) -> Tensor:
     """The first amounts [B, n] of each row that fit its budget [B], the one that crosses it in part."""
     before = amounts.cumsum(1) - amounts
@@ -278,6 +254,11 @@ class Ledger:
         return (
             self.delta if self.total is None else max(0.0, min(self.delta, self.total - self.spent))
         )
+
+    def share(self, rejected: float) -> float:
+        """The same as a share of what is left to draw from, once siblings were rejected with this probability."""
+        most = min(1.0, self.delta / max(rejected, 1e-12))
+        return most if self.total is None else max(0.0, min(most, self.total - self.spent))
 
     def spend(self, mass: float) -> None:
         """Note what an id has cost."""

@@ -78,14 +78,15 @@ class Drafter(nn.Module):
         if own_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.own_embeddings = own_embeddings
-        self.layers = nn.ModuleList([_Layer(config)])
+        layer = _Layer(config)
+        self.layers = nn.ModuleList([layer])
         self.fc = nn.Linear(2 * config.width, config.width)
         with torch.no_grad():
             # It begins as the guess that nothing changes.
             self.fc.weight.zero_()
             self.fc.weight[:, config.width :].fill_diagonal_(1.0)
             self.fc.bias.zero_()
-            for linear in (self.layers[0].self_attn.o_proj, self.layers[0].mlp.down_proj):
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 linear.weight.mul_(0.1)
 
     def __deepcopy__(self, memo: dict) -> Drafter:
@@ -146,8 +147,9 @@ class Drafter(nn.Module):
 
     def fuse(self) -> Drafter:
         """Join the projections for inference; training must not follow."""
-        self.layers[0].self_attn.fuse()
-        self.layers[0].mlp.fuse()
+        for part in self.layers.modules():
+            if isinstance(part, (Attention, FeedForward)):
+                part.fuse()
         return self.requires_grad_(False).eval()
 
 

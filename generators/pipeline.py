@@ -217,7 +217,10 @@ class AnyToAny:
         if not isinstance(drafter, Drafter):
             drafter = load_drafter(drafter, self.model.transformer)
         speculation = Speculation() if speculation is None else speculation
-        relatives = None if speculation.mode == "lossless" else self._relatives(speculation.k + 1)
+        more = speculation.published is not None  # that rule looks one neighbour further
+        relatives = None
+        if speculation.mode != "lossless":
+            relatives = self._relatives(speculation.k + more)
         self._leaps = (drafter, speculation, relatives, audit)
         return self
 
@@ -237,12 +240,15 @@ class AnyToAny:
     def _relatives(self, k: int) -> Relatives:
         """Neighbours of the codes of every codec that knows its codes' vectors."""
         tables = []
-        for modality in self.interleaver.rules:
-            if modality != "text":
-                try:
-                    tables.append(NeighbourTable.of(self.model.codec(modality), k))
-                except CodecUnavailable:
-                    continue  # codes without vectors have no neighbours, and are drawn as ever
+        for modality, rule in self.interleaver.rules.items():
+            if modality == "text" or rule.flatten == "octree":
+                continue  # words and bits have no neighbours
+            smallest = min(size for sizes in rule.vocab for size in sizes)
+            try:
+                codec = self.model.codec(modality)
+                tables.append(NeighbourTable.of(codec, min(k, smallest - 1)))
+            except CodecUnavailable:
+                continue  # codes without vectors have none either, and are drawn as ever
         return Relatives(self.interleaver, *tables)
 
     def _run(

@@ -13,7 +13,7 @@ The signature, the grammar, guidance and the independence of a batch's rows are 
 
 The head is multiplied only along the branch that is taken, and only for ids that the grammar allows.
 
-B rows; R rows of the caches, which are 2 B with guidance; N nodes of a tree; D width; n ids that may come.
+B rows; R rows of the caches, which are more where requests are guided; N nodes of a tree; D width; n ids that may come.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..backbone import masks
 from ..backbone.cache import KVCache
-from ..backbone.grammar import Grammar, Range, State
+from ..backbone.grammar import Grammar, State
 from ..backbone.transformer import Transformer
-from .acceptance import Ladder, Ledger, Published, emitted, leaning, passes, pulled
-from .autoregressive import Autoregressive, Options, _at, _event, _halves, _leave, _nulls, _Row
-from .drafter import Drafter, DrafterError, Session
+from .acceptance import Ladder, Ledger, Published, emitted, passes, pulled
+from .autoregressive import Options, _event, _halves, _leave, _nulls
+from .drafter import Drafter, Session
+from .drafting import Drafting, Ranges, _doubled, _Draft, _ids, _places
 from .generator import Event, Request
 from .neighbours import Near, Relatives
-from .sampling import Sampling, guided, pick, probabilities
-from .trees import Dynamic, Static, Tree, best, conditional, drawn, padded
+from .sampling import Sampling, pick, probabilities
+from .trees import Dynamic, Static, padded
 
-Ranges = tuple[Range, ...]
 Lane = tuple[int, int | None]  # a request's rows: with the condition, and without
 Mode = Literal["lossless", "certified", "lantern", "lantern++"]
 MODES: tuple[str, ...] = ("lossless", "certified", "lantern", "lantern++")
@@ -138,23 +138,6 @@ class Statistics:
 
 
 @dataclass
-class _Draft(_Row):
-    """A request in progress, with its tree.
-
-    `feed` begins with the root, the last id that the model has not seen; what the grammar forced follows it.
-    """
-
-    ledger: Ledger = field(default_factory=lambda: Ledger(0.0))
-    anchor: State | None = None  # before feed[0]
-    tree: Tree = field(default_factory=lambda: Tree([0], [-1], [1.0]))
-    path: list[int] = field(default_factory=lambda: [0])  # nodes that stand
-
-    @property
-    def node(self) -> int:
-        return self.path[-1]
-
-
-@dataclass
 class _Work:
     """What the requests in progress share.
 
@@ -187,7 +170,7 @@ class _Work:
         return self
 
 
-class Speculative(Autoregressive):
+class Speculative(Drafting):
     """Next-token decoding in leaps.
 
     Args:
@@ -213,10 +196,8 @@ class Speculative(Autoregressive):
         rows: int | None = None,
         audit: bool = False,
     ):
-        super().__init__(model, grammar, rows=rows)
-        if drafter.target is not model:
-            raise DrafterError("the drafter belongs to another target than the model that is given")
         self.speculation = Speculation() if speculation is None else speculation
+        super().__init__(model, drafter, grammar, self.speculation.tree, rows=rows)
         if self.speculation.mode != "lossless":
             if relatives is None:
                 raise ValueError(
@@ -231,7 +212,7 @@ class Speculative(Autoregressive):
                     f"k is {self.speculation.k}, the table of neighbours has {relatives.k}"
                 )
             relatives.to(model.lm_head.weight.device)
-        self.drafter, self.relatives = drafter.fuse(), relatives
+        self.relatives = relatives
         self.audit = audit
         self.statistics = self._fresh_statistics()
 
@@ -260,13 +241,14 @@ class Speculative(Autoregressive):
                 yield from (_event(row) for row in fresh if row.fresh)
                 fresh = own.leave(fresh, options)
             if fresh:
-                rows, work = (rows + fresh, work.join(rows, fresh, own)) if rows else (fresh, own)
+                work = own if work is None or not rows else work.join(rows, fresh, own)
+                rows = rows + fresh
 
     def _leap(self, rows: list[_Draft], work: _Work, options: Options) -> None:
         """One pass of the model: propose, look, choose, and tell the drafter what stands."""
         nulls = _nulls(rows)
         with self.statistics.timed("draft"):
-            self._propose(rows, work, options)
+            self._propose(rows, work.session, work.ahead, options)
         with self.statistics.timed("target"):
             hidden = self._look(rows, work.cache)
         with self.statistics.timed("verify"):
@@ -329,207 +311,6 @@ class Speculative(Autoregressive):
         ]
         return self.drafter.embed(pad_sequence(ids, batch_first=True).to(self._device))
 
-    # drafting
-
-    def _propose(self, rows: list[_Draft], work: _Work, options: Options) -> None:
-        """Give each row its tree."""
-        # The last id that can be written is never read. Each row has its own depth, whatever its batch-mates' is.
-        useful = [len(r.feed) - 2 + r.request.max_tokens - r.written for r in rows]
-        tree = self.speculation.tree
-        grow = self._grow if isinstance(tree, Dynamic) else self._cast
-        for row, tree in zip(rows, grow(rows, work.session, work.ahead, options, useful)):
-            row.tree, row.path = tree, [0]
-
-    def _grow(
-        self,
-        rows: list[_Draft],
-        session: Session,
-        ahead: Tensor,
-        options: Options,
-        useful: list[int],
-    ) -> list[Tree]:
-        """Dynamic trees."""
-        shape = self.speculation.tree
-        assert isinstance(shape, Dynamic)
-        nulls, width = _nulls(rows), shape.width
-        states = [[self._after(row.anchor, row.feed[0])] for row in rows]
-        outs, scores = ahead[:, None], torch.zeros(len(rows), 1, device=ahead.device)
-        beams = torch.full_like(scores, -1, dtype=torch.int64)
-        seen = torch.zeros(len(rows), 1, 0, dtype=torch.bool, device=ahead.device)
-        every: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        count = 0
-        depth = min(shape.depth, max(useful))
-        for level in range(depth):
-            ids, logs = self._likeliest(rows, outs, states, options, width)
-            ended = torch.tensor([level >= most for most in useful], device=logs.device)
-            logs = logs.masked_fill(ended[:, None, None], -torch.inf)
-            totals = (scores[..., None] + logs).flatten(1)
-            every.append(
-                (ids.flatten(1), beams.repeat_interleave(width, 1), logs.flatten(1), totals)
-            )
-            if level + 1 == depth:
-                break
-            top = totals.topk(min(width, totals.shape[1]))
-            scores, parent = top.values, top.indices // width
-            ids = ids.flatten(1).gather(1, top.indices)
-            beams = count + top.indices
-            count += totals.shape[1]
-            states = self._advanced(states, parent, ids, scores)
-            eye = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
-            before = seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2]))
-            seen = torch.cat([before, eye.expand(len(rows), -1, -1)], 2)
-            index = _doubled(parent, nulls)[..., None].expand(-1, -1, outs.shape[2])
-            outs = session.branch(
-                _doubled(ids, nulls), outs.gather(1, index), _doubled(seen, nulls), level + 1
-            )
-        if not every:
-            return [Tree([row.feed[0]], [-1], [1.0]) for row in rows]
-        ids, parents, logs, totals = (torch.cat(parts, 1) for parts in zip(*every))
-        chosen = best(totals, parents, shape.nodes)
-        lists = ids.tolist(), parents.tolist(), logs.exp().tolist()
-        return [
-            _tree(row.feed[0], own, *(t[b] for t in lists))
-            for b, (row, own) in enumerate(zip(rows, chosen))
-        ]
-
-    def _advanced(
-        self, states: list[list[State | None]], parent: Tensor, ids: Tensor, scores: Tensor
-    ) -> list[list[State | None]]:
-        """States behind the beams that go on; a beam of probability 0 stays where it is (nothing follows it)."""
-        if self.grammar is None:
-            return [[None] * ids.shape[1] for _ in states]
-        alive = (scores > -torch.inf).tolist()
-        return [
-            [self._after(own[p], id) if ok else own[p] for p, id, ok in zip(ps, xs, oks)]
-            for own, ps, xs, oks in zip(states, parent.tolist(), ids.tolist(), alive)
-        ]
-
-    def _likeliest(
-        self,
-        rows: list[_Draft],
-        outs: Tensor,
-        states: list[list[State | None]],
-        options: Options,
-        width: int,
-    ) -> tuple[Tensor, Tensor]:
-        """The likeliest ids behind each beam and their log-probabilities, [B, K, width] each; -inf for none."""
-        shape = (len(states), len(states[0]), width)
-        ids = torch.zeros(shape, dtype=torch.int64, device=outs.device)
-        logs = torch.full(shape, -torch.inf, device=outs.device)
-        for (ranges, sampling), at, beams, logits in self._groups(rows, outs, states, options):
-            law = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
-            top = law.topk(min(width, law.shape[-1]))
-            ids[at, beams, : top.values.shape[1]] = _ids(top.indices, ranges)
-            logs[at, beams, : top.values.shape[1]] = top.values
-        return ids, logs
-
-    def _cast(
-        self,
-        rows: list[_Draft],
-        session: Session,
-        ahead: Tensor,
-        options: Options,
-        useful: list[int],
-    ) -> list[Tree]:
-        """Static trees."""
-        shape = self.speculation.tree
-        assert isinstance(shape, Static)
-        nulls = _nulls(rows)
-        ids = [[row.feed[0]] for row in rows]
-        parents, chances = [[-1] for _ in rows], [[1.0] for _ in rows]
-        laws: list[dict[int, Tensor]] = [{} for _ in rows]
-        states = [[self._after(row.anchor, row.feed[0])] for row in rows]
-        outs, seen = ahead[:, None], torch.zeros(len(rows), 1, 0, dtype=torch.bool)
-        # Places of a level by shape; each row's node there, None where it has none.
-        level: list[list[int | None]] = [[0] for _ in rows]
-        places: list[
-            int
-        ] = []  # of each place of a level: which expanded node of the level before is its parent
-        for depth, counts in enumerate(shape.levels[: max(useful)]):
-            own = [i for i, n in enumerate(counts) if n]
-            if depth:
-                # Only nodes that get children are run through the drafter.
-                tokens = [
-                    [ids[b][n] if n is not None else 0 for n in (level[b][i] for i in own)]
-                    for b in range(len(rows))
-                ]
-                origin = torch.tensor([places[i] for i in own])
-                eye = torch.eye(len(own), dtype=torch.bool).expand(len(rows), -1, -1)
-                seen = torch.cat([seen[:, origin], eye], 2)
-                outs = session.branch(
-                    _doubled(self._tensor(tokens), nulls),
-                    outs[:, origin.to(outs.device)],
-                    _doubled(seen, nulls).to(outs.device),
-                    depth,
-                )
-                states = [
-                    [
-                        None if n is None else self._after(before[places[i]], ids[b][n])
-                        for i, n in ((i, level[b][i]) for i in own)
-                    ]
-                    for b, before in enumerate(states)
-                ]
-            alive = [
-                [level[b][i] is not None and depth < useful[b] for i in own]
-                for b in range(len(rows))
-            ]
-            found = self._drawn(rows, outs, states, options, max(counts), alive)
-            places, following = [], [[] for _ in rows]
-            for e, i in enumerate(own):
-                places += [e] * counts[i]
-                for b in range(len(rows)):
-                    drafts = found.get((b, e))
-                    for rank in range(counts[i]):
-                        node = None
-                        if drafts is not None and rank < len(drafts.ids) and drafts.ids[rank] >= 0:
-                            node = len(ids[b])
-                            ids[b].append(drafts.ids[rank])
-                            parents[b].append(level[b][i])  # type: ignore[arg-type]
-                            chances[b].append(drafts.chances[rank])
-                            if drafts.law is not None:
-                                laws[b][level[b][i]] = drafts.law  # type: ignore[index]
-                        following[b].append(node)
-            level = following
-        return [Tree(*lists) for lists in zip(ids, parents, chances, laws)]
-
-    def _drawn(
-        self,
-        rows: list[_Draft],
-        outs: Tensor,
-        states: list[list[State | None]],
-        options: Options,
-        count: int,
-        alive: list[list[bool]],
-    ) -> dict[tuple[int, int], _Draws]:
-        """Siblings drawn behind each node (row, place) that is alive and may go on."""
-        found: dict[tuple[int, int], _Draws] = {}
-        for (ranges, sampling), members, places, logits in self._groups(
-            rows, outs, states, options
-        ):
-            law = logits.float().softmax(-1) if sampling.greedy else probabilities(logits, sampling)
-            at = list(zip(members.tolist(), places.tolist()))
-            own: dict[int, list[int]] = {}
-            for i, (b, e) in enumerate(at):
-                if alive[b][e]:
-                    own.setdefault(b, []).append(i)
-            if not own:
-                continue
-            if sampling.greedy:
-                where = law.topk(min(count, law.shape[1])).indices
-            else:
-                where = law.new_full((len(law), min(count, law.shape[1])), -1, dtype=torch.int64)
-                for b, lines in own.items():
-                    part = law if len(lines) == len(law) else law[lines]
-                    draws = drawn(part.to(rows[b].rng.device), count, rows[b].rng)
-                    where[lines] = draws.to(where.device)
-            names = torch.where(where < 0, -1, _ids(where.clamp(min=0), ranges)).tolist()
-            chances = conditional(law, where).tolist()
-            for lines in own.values():
-                for i in lines:
-                    kept = None if sampling.greedy else law[i]
-                    found[at[i]] = _Draws(names[i], chances[i], kept)
-        return found
-
     # the model's pass and the choice
 
     def _look(self, rows: list[_Draft], cache: KVCache) -> Tensor:
@@ -553,7 +334,7 @@ class Speculative(Autoregressive):
             row.anchor = self._after(row.anchor, row.feed.pop(0))  # the root
             self._descend(row)
         walking = [row for row in rows if row.reason is None and not row.feed]
-        lanes = {id(row): (b, None) for b, row in enumerate(rows)}
+        lanes: dict[int, Lane] = {id(row): (b, None) for b, row in enumerate(rows)}
         lanes |= {id(rows[b]): (b, len(rows) + n) for n, b in enumerate(_nulls(rows))}
         while walking:
             at = [lanes[id(row)] for row in walking]
@@ -621,8 +402,15 @@ class Speculative(Autoregressive):
             return pick(laws, [row.rng for row in rows])
         return [self._tested(row, law, ranges) for row, law in zip(rows, laws)]
 
-    def _pulled(self, rows: list[_Draft], laws: Tensor, ranges: Ranges) -> Tensor:
-        """The certified laws [B, n] towards each row's siblings."""
+    def _pulled(
+        self, rows: list[_Draft], laws: Tensor, ranges: Ranges, *, rejected: float = 1.0
+    ) -> Tensor:
+        """The certified laws [B, n] towards each row's siblings.
+
+        Args:
+            laws: where no sibling stands.
+            rejected: how probable that was.
+        """
         children = [row.tree.children[row.node] for row in rows]
         most = max(map(len, children))
         if most == 0:
@@ -646,11 +434,11 @@ class Speculative(Autoregressive):
             _places(ids, ranges),
             near.ids,
             near.distances,
-            laws.new_tensor([row.ledger.allowance for row in rows]),
+            laws.new_tensor([row.ledger.share(rejected) for row in rows]),
             values=values,
             price=laws.new_tensor([row.ledger.price for row in rows]),
         )
-        if self.audit:
+        if self.audit and rejected == 1:
             self.statistics.distances += ((moved.law - laws).abs().sum(1) / 2).tolist()
         for row, mass in zip(rows, moved.mass.tolist()):
             row.ledger.spend(mass)
@@ -663,28 +451,30 @@ class Speculative(Autoregressive):
         if not children:
             return pick(law[None], [row.rng])[0]
         q = row.tree.laws.get(row.node)
-        if self.speculation.mode == "certified" and q is not None:
-            # Every move gains one id here: nothing is known yet of what will be drawn behind it.
-            budget = row.ledger.allowance if row.ledger.price <= 1 else 0.0
-            moved = leaning(law, q, lambda at: self._near(_ids(at, ranges), ranges), budget)
-            law = moved.law
-            row.ledger.spend(float(moved.mass))
-            self.statistics.moved += float(moved.mass)
-        ladder = Ladder(law, q, self.speculation.published)
         ids = self._tensor([row.tree.ids[c] for c in children])
-        near = None if self.speculation.published is None else self._near(ids, ranges).ids
-        if self.audit and q is None:
-            places = _places(ids, ranges).tolist()
-            out, _ = emitted(law, places, near, relaxation=self.speculation.published)
-            self.statistics.distances.append(float((out - law).abs().sum()) / 2)
-        for i, place in enumerate(_places(ids, ranges).tolist()):
-            own = None if near is None else near[i]
+        places = _places(ids, ranges)
+        near = None if self.relatives is None else self._near(ids, ranges)
+        rule = self.speculation.published
+        certified = self.speculation.mode == "certified"
+        budget = row.ledger.allowance if certified else 0.0
+        if self.audit and near is not None and (certified or q is None):
+            out, _ = emitted(law, places.tolist(), *near, q=q, relaxation=rule, budget=budget)
+            exact = emitted(law, places.tolist(), q=q)[0]
+            self.statistics.distances.append(float((out - exact).abs().sum()) / 2)
+        ladder, left = Ladder(law, q, rule), 1.0
+        for i, place in enumerate(places.tolist()):
+            own = None if near is None or rule is None else near.ids[i]
             chance = ladder.chance(place, own)
             spot = torch.rand((), generator=row.rng, device=row.rng.device, dtype=torch.float64)
             if float(spot) <= chance:
+                row.ledger.spend(0.0)
                 return place
             ladder.reject(place, own)
-        return pick(ladder.rest[None], [row.rng])[0]
+            left *= 1 - chance
+        if not certified or near is None:
+            return pick(ladder.rest[None], [row.rng])[0]
+        rest = self._pulled([row], ladder.rest[None], ranges, rejected=left)
+        return pick(rest, [row.rng])[0]
 
     def _farthest(
         self, row: _Draft, hidden: Tensor, lane: Lane, options: Options, rule: Published
@@ -716,114 +506,8 @@ class Speculative(Autoregressive):
         cpu = self._device.type == "cpu"
         return Statistics(clock=time.process_time if cpu else time.perf_counter)
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.lm_head.weight.device
-
-    def _tensor(self, ids: list) -> Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self._device)
-
-    def _most_nodes(self) -> int:
-        tree = self.speculation.tree
-        return tree.nodes if isinstance(tree, Dynamic) else sum(map(sum, tree.levels))
-
-    def _after(self, state: State | None, id: int) -> State | None:
-        if state is None or self.grammar is None:
-            return None
-        return self.grammar.advance(state, (id,))
-
-    def _options_at(
-        self, state: State | None, options: Options, written: int
-    ) -> tuple[Ranges, Sampling] | None:
-        """What may come at a state, and how it is drawn; None where nothing may."""
-        if state is None or self.grammar is None:
-            ranges: Ranges = ((0, self.model.config.vocab_size),)
-        else:
-            ranges = self.grammar.allowed(state)
-        if not ranges:
-            return None
-        return ranges, _at(options, state.modality if state is not None else "", written)
-
-    def _groups(
-        self,
-        rows: list[_Draft],
-        outs: Tensor,
-        states: list[list[State | None]],
-        options: Options,
-    ) -> Iterator[tuple[tuple[Ranges, Sampling], Tensor, Tensor, Tensor]]:
-        """Nodes with the same choice together: the choice, their rows, their places, and logits [m, n].
-
-        Args:
-            outs: [R, K, D].
-            states: of each row's K nodes.
-        """
-        nulls = {b: len(rows) + n for n, b in enumerate(_nulls(rows))}
-        groups: dict[tuple[Ranges, Sampling], list[tuple[int, int]]] = {}
-        for b, own in enumerate(states):
-            for i, state in enumerate(own):
-                choice = self._options_at(state, options, rows[b].written)
-                if choice is not None:
-                    groups.setdefault(choice, []).append((b, i))
-        for choice, members in groups.items():
-            at, places = torch.tensor(members, device=outs.device).unbind(1)
-            null = None
-            if choice[1].cfg != 1:
-                null = outs[self._tensor([nulls[b] for b, _ in members]), places]
-            yield choice, at, places, self._law_logits(outs[at, places], null, *choice)
-
-    def _law_logits(
-        self, hidden: Tensor, null: Tensor | None, ranges: Ranges, sampling: Sampling
-    ) -> Tensor:
-        """Guided logits [m, n] of states [m, D] with the condition and without."""
-        logits = self._logits(hidden, ranges)
-        if null is None or sampling.cfg == 1:
-            return logits
-        return guided(logits, self._logits(null, ranges), sampling.cfg)
-
     def _near(self, ids: Tensor, ranges: Ranges) -> Near:
         """Places and distances of the neighbours [..., k] that may come."""
         assert self.relatives is not None
         near = self.relatives.of(ids, self.speculation.k + (self.speculation.published is not None))
         return Near(_places(near.ids, ranges), near.distances)
-
-
-@dataclass(frozen=True)
-class _Draws:
-    ids: list[int]
-    chances: list[float]
-    law: Tensor | None
-
-
-def _tree(
-    root: int, chosen: list[int], ids: list[int], parents: list[int], chances: list[float]
-) -> Tree:
-    """A tree of the chosen candidates."""
-    number = {-1: 0, **{c: i + 1 for i, c in enumerate(chosen)}}
-    return Tree(
-        [root, *(ids[c] for c in chosen)],
-        [-1, *(number[parents[c]] for c in chosen)],
-        [1.0, *(chances[c] for c in chosen)],
-    )
-
-
-def _ids(places: Tensor, ranges: Ranges) -> Tensor:
-    """Ids at places of the ranges laid end to end."""
-    ids, end = places + ranges[0][0], ranges[0][1] - ranges[0][0]
-    for start, stop in ranges[1:]:
-        ids = torch.where(places >= end, places - end + start, ids)
-        end += stop - start
-    return ids
-
-
-def _places(ids: Tensor, ranges: Ranges) -> Tensor:
-    """Places of ids; -1 for those in none of the ranges."""
-    places, end = torch.full_like(ids, -1), 0
-    for start, stop in ranges:
-        places = torch.where((ids >= start) & (ids < stop), ids - start + end, places)
-        end += stop - start
-    return places
-
-
-def _doubled(table: Tensor, nulls: list[int]) -> Tensor:
-    """Rows [B, ...] followed by those of the requests that have a row without the condition: [R, ...]."""
-    return torch.cat([table, table[nulls]]) if nulls else table

@@ -14,9 +14,10 @@ from anytok.generators.drafter import (
     save_drafter,
     target_print,
 )
+from anytok.generators.drafting import _Draft
 from anytok.generators.generator import Request
 from anytok.generators.sampling import Sampling
-from anytok.generators.speculative import Speculation, Speculative, _Draft
+from anytok.generators.speculative import Speculation, Speculative
 from anytok.generators.trees import SHAPES, Dynamic, Static, Tree, padded
 from tests.backbone.tiny import transformer
 
