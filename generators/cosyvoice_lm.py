@@ -357,7 +357,7 @@ class SpeechDecoder:
         rows = [row for row in rows if row.reason is None]
         if not rows:
             return
-        longest = max(len(row.feed) for row in rows)
+        longest = max(len(row.feed) for row in rows if row.feed is not None)
         cache = self.model.begin(len(rows), longest + max(row.maximum or 0 for row in rows))
         while rows:
             logits = self.model.logits(self._hidden(rows, cache))
@@ -409,10 +409,10 @@ class _Row:
     def take(self, id: int) -> None:
         """Go on with a drawn id."""
         start, stop = self.marks.stops
-        filled = self.blocks is not None and id == self.marks.fill and not self.blocks.closed
-        if filled:
+        blocks = self.blocks
+        if blocks is not None and id == self.marks.fill and not blocks.closed:
             self.history.append(id)
-            self.feed, self.maximum = self.blocks.more([])
+            self.feed, self.maximum = blocks.more([])
             return
         if start <= id < stop:
             self.reason = "end"
@@ -420,9 +420,9 @@ class _Row:
         self.history.append(id)
         self.fresh.append(id)
         self.written += 1
-        if self.blocks is not None and self.blocks.spent():
+        if blocks is not None and blocks.spent():
             self.history.append(_known(self.marks.fill))  # forced, so that it need not be computed
-            self.feed, self.maximum = self.blocks.more([id])
+            self.feed, self.maximum = blocks.more([id])
         if self.maximum is not None and self.written >= self.maximum:
             self.reason = "length"
 

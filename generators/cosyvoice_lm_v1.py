@@ -92,6 +92,31 @@ class RelativeAttention(nn.Module):
         return self.linear_out(rearrange(y, "b n t h -> b t (n h)"))
 
 
+class FeedForward(nn.Module):
+    """Two maps with an activation between, "silu" or "relu"."""
+
+    def __init__(self, width: int, ffn: int, activation: str):
+        super().__init__()
+        self.w_1, self.w_2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.activation = getattr(F, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as x [..., D]."""
+        return self.w_2(self.activation(self.w_1(x)))
+
+
+class Embed(nn.Module):
+    """Linear map and norm: what comes in to D."""
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.out = nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width, eps=END_EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] to [..., D]."""
+        return self.out(x)
+
+
 class Layer(nn.Module):
     """Pre-norm attention and feed-forward part.
 
@@ -105,10 +130,8 @@ class Layer(nn.Module):
     ):
         super().__init__()
         self.self_attn = RelativeAttention(config.width, config.heads, layer)
-        self.feed_forward = nn.Module()
-        self.feed_forward.w_1 = nn.Linear(config.width, config.ffn)
-        self.feed_forward.w_2 = nn.Linear(config.ffn, config.width)
-        self.norms, self.activation = norms, getattr(F, activation)
+        self.feed_forward = FeedForward(config.width, config.ffn, activation)
+        self.norms = norms
         for name in norms:
             self.add_module(name, nn.LayerNorm(config.width, eps=LAYER_EPS))
 
@@ -116,8 +139,7 @@ class Layer(nn.Module):
         """x [B, T, D] to [B, T, D]; `context` is what attention takes."""
         first, second = (self.get_submodule(name) for name in self.norms)
         x = x + self.self_attn(first(x), *context)
-        hidden = self.activation(self.feed_forward.w_1(second(x)))
-        return x + self.feed_forward.w_2(hidden)
+        return x + self.feed_forward(second(x))
 
 
 class RelativeStack(nn.Module):
@@ -131,10 +153,7 @@ class RelativeStack(nn.Module):
     def __init__(self, config: CosyVoiceLMv1Config, inputs: int, layers: int, *, text: bool):
         super().__init__()
         self.config, self.text = config, text
-        self.embed = nn.Module()
-        self.embed.out = nn.Sequential(
-            nn.Linear(inputs, config.width), nn.LayerNorm(config.width, eps=END_EPS)
-        )
+        self.embed = Embed(inputs, config.width)
         norms, act = (("norm_mha", "norm_ff"), "silu") if text else (("norm1", "norm2"), "relu")
         self.encoders = nn.ModuleList(Layer(config, i, norms, act) for i in range(layers))
         self.after_norm = nn.LayerNorm(config.width, eps=END_EPS)
@@ -147,7 +166,7 @@ class RelativeStack(nn.Module):
         Raises:
             ValueError: more positions than the config has.
         """
-        x = self.embed.out(x)
+        x = self.embed(x)
         x = (x if self.text else F.relu(x)) * math.sqrt(self.config.width)
         starts = torch.tensor([0] if cache is None else cache.row_lengths(), device=x.device)
         seen = int(starts.max()) + x.shape[1]
