@@ -86,10 +86,10 @@ class DepthHead(nn.Module):
         return [output(states[:, d]) for d, output in enumerate(self.outputs)]
 
     def losses(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Cross-entropy in nats of each depth of each position: [P, D]."""
+        """Cross-entropy in nats of each depth of each position, 0 where the code is -1: [P, D]."""
         logits = self(hidden, codes)
         each = [
-            F.cross_entropy(scores.float(), codes[:, d], reduction="none")
+            F.cross_entropy(scores.float(), codes[:, d], ignore_index=-1, reduction="none")
             for d, scores in enumerate(logits)
         ]
         return torch.stack(each, 1)
@@ -115,6 +115,9 @@ class CodeTables(nn.Module):
     Args:
         vectors: width d of the codec's vectors, which `ground` sets; None for learned tables.
     """
+
+    weight: Tensor
+    starts: Tensor
 
     def __init__(self, vocab: Sequence[int], width: int, vectors: int | None):
         super().__init__()
@@ -142,8 +145,9 @@ class CodeTables(nn.Module):
         self.weight.copy_(whole)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """Table rows [..., n, d] of codes [..., n] of the first n depths."""
-        return F.embedding(codes + self.starts[: codes.shape[-1]], self.weight)
+        """Table rows [..., n, d] of codes [..., n] of the first n depths; zeros for -1 (no code)."""
+        rows = F.embedding(codes.clamp(min=0) + self.starts[: codes.shape[-1]], self.weight)
+        return rows * (codes >= 0)[..., None]
 
     def sums(self, codes: Tensor) -> Tensor:
         """Inputs [..., n, W]: entry d is the sum of depths 0 ... d."""
@@ -158,6 +162,7 @@ def stacked_positions(packed: Packed) -> tuple[Tensor, Tensor]:
     """Positions [P] before each stacked position of a sequence, and its ids [P, D].
 
     `hidden[positions]` with the ids, made codes by their block's start, are what `DepthHead.losses` takes.
+    -1 stands for no id, where a last position is not full.
     """
     places, codes = [], []
     for segment in packed.segments:

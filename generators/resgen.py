@@ -121,10 +121,10 @@ def log_posterior(before: Tensor, after: Tensor) -> Tensor:
 
 def log_choose(n: Tensor | int, k: Tensor) -> Tensor:
     """log of the binomial coefficient; -inf where k is outside 0 ... n."""
-    n, k = torch.broadcast_tensors(torch.as_tensor(n).double(), k.double())
-    possible = (k >= 0) & (k <= n)
-    k = k.clamp(min=0).minimum(n)
-    value = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    whole, part = torch.broadcast_tensors(torch.as_tensor(n).double(), k.double())
+    possible = (part >= 0) & (part <= whole)
+    part = part.clamp(min=0).minimum(whole)
+    value = torch.lgamma(whole + 1) - torch.lgamma(part + 1) - torch.lgamma(whole - part + 1)
     return value.masked_fill(~possible, -torch.inf)
 
 
