@@ -5,8 +5,8 @@ time of the prompt's pass, time of choosing, bytes of keys and values, time of t
 
 - Weights are random (seeded) and so are features: costs do not depend on them. What pruning does to answers is
   measured on a trained model: `--model NAME --data FOLDER` (`bench_answers.py`).
-- Times are CPU seconds of the process where nothing else is said, best of `rounds`: other work on the machine counts
-  little. On an accelerator they are wall-clock, with the device waited for.
+- Times are the best of `rounds`. With one thread they are CPU seconds of the process, so that other work on the machine
+  counts little; with more, whose waiting would count too, and on an accelerator they are wall-clock.
 - DyVTE's exit is learned; here its gates, of random weights, are made to leave behind the layer that TransPrune cuts
   last at, at their full cost.
 """
@@ -215,7 +215,8 @@ class _Bench:
 
     def _clock(self) -> float:
         if self.plan.device == "cpu":
-            return time.process_time()
+            alone = torch.get_num_threads() == 1
+            return time.process_time() if alone else time.perf_counter()
         torch.accelerator.synchronize()
         return time.perf_counter()
 

@@ -204,11 +204,11 @@ def kept_places(visual: Tensor, selection: Selection, *, real: Tensor | None = N
     Raises:
         ValueError: the selection has a token that the sequence does not.
     """
-    tokens = int(visual.sum(1).max())
-    most = (selection.indices.amax(1) if selection.indices.shape[1] else -1) - visual.sum(1)
-    if bool((torch.as_tensor(most) >= 0).any()):
+    counts = visual.sum(1)
+    tokens = max(int(counts.max()), 1)
+    if selection.indices.shape[1] and bool((selection.indices.amax(1) >= counts).any()):
         raise ValueError("the selection names tokens behind the sequence's last visual one")
-    number = (visual.cumsum(1) - 1).clamp(0, max(tokens - 1, 0))
-    stays = selection.mask(max(tokens, 1)).gather(1, number)
+    number = (visual.cumsum(1) - 1).clamp(0, tokens - 1)
+    stays = selection.mask(tokens).gather(1, number)
     keep = ~visual | stays
     return keep if real is None else keep & real

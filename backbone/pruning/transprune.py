@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -122,23 +121,24 @@ def transition(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
         real: [B, T], False at padding, which does not count in the sum.
     """
     before, after = before.float(), after.float()
-    length = after.norm(dim=-1) / before.norm(dim=-1).clamp(min=EPSILON)
-    turned = torch.exp(1 - F.cosine_similarity(before, after, dim=-1)).where(real, 0)
-    return length * turned / turned.sum(1, keepdim=True)
+    lengths = [x.norm(dim=-1).clamp(min=EPSILON) for x in (before, after)]
+    cosine = (before * after).sum(-1) / (lengths[0] * lengths[1])
+    turned = torch.exp(1 - cosine).where(real, 0)
+    return lengths[1] / lengths[0] * turned / turned.sum(1, keepdim=True)
 
 
 def attention_of_text(model: Transformer, layer: int, prompt: Prompt) -> Tensor:
     """[B, T], the attention that the text behind the visual tokens would pay in `layer` (0 the first)."""
     block: Any = model.model.layers[layer]
-    q, k = queries_and_keys(block.self_attn, block.input_layernorm(prompt.x))
-    if model.rotary is not None:
-        turns = model.rotary.at(prompt.positions, q.dtype)
-        q, k = model.rotary.turn(q, *turns), model.rotary.turn(k, *turns)
+    x = block.input_layernorm(prompt.x)
     asking = prompt.text_behind
     # Only the columns in which some row asks: a question is short beside a picture.
     columns = asking.any(0).nonzero()[:, 0]
-    groups = q.shape[1] // k.shape[1]
-    q = rearrange(q[:, :, columns], "b (k g) t h -> b k g t h", g=groups)
+    q, k = queries(block.self_attn, x[:, columns]), keys(block.self_attn, x)
+    if model.rotary is not None:
+        q = model.rotary.turn(q, *model.rotary.at(prompt.positions[:, columns], q.dtype))
+        k = model.rotary.turn(k, *model.rotary.at(prompt.positions, k.dtype))
+    q = rearrange(q, "b (k g) t h -> b k g t h", k=k.shape[1])
     logits = torch.einsum("bkgth,bksh->bkgts", q, k) / q.shape[-1] ** 0.5
     later = torch.arange(k.shape[2], device=k.device) > columns[:, None]
     paid = logits.float().masked_fill(later, -torch.inf).softmax(-1).mean((1, 2))
@@ -146,13 +146,16 @@ def attention_of_text(model: Transformer, layer: int, prompt: Prompt) -> Tensor:
     return torch.einsum("bts,bt->bs", paid, weight) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
-def queries_and_keys(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries [B, N, T, H] and keys [B, K, T, H] of x [B, T, D], not yet turned by position."""
-    q, k = (
-        rearrange(part(x), "b t (n h) -> b n t h", h=attention.head_size)
-        for part in (attention.q_proj, attention.k_proj)
-    )
-    return (attention.q_norm(q), attention.k_norm(k)) if attention.qk_norm else (q, k)
+def queries(attention: Attention, x: Tensor) -> Tensor:
+    """[B, N, T, H] of x [B, T, D], not yet turned by position."""
+    q = rearrange(attention.q_proj(x), "b t (n h) -> b n t h", h=attention.head_size)
+    return attention.q_norm(q) if attention.qk_norm else q
+
+
+def keys(attention: Attention, x: Tensor) -> Tensor:
+    """[B, K, T, H] of x [B, T, D], not yet turned by position."""
+    k = rearrange(attention.k_proj(x), "b t (n h) -> b n t h", h=attention.head_size)
+    return attention.k_norm(k) if attention.qk_norm else k
 
 
 def _share(values: Tensor, visual: Tensor) -> Tensor:
