@@ -306,8 +306,8 @@ class CosyVoice(Codec):
         if self.speakers:
             return next(iter(self.speakers.values()))
         raise CodecUnavailable(
-            f"'{self.spec.name}' does not know who speaks: the stream keeps no voice and the checkpoint has no "
-            "speakers; pass options=Speech(voice=Voice.from_audio(recording, codec))"
+            f"'{self.spec.name}' does not know who speaks: the stream keeps no voice and the checkpoint came "
+            "without speakers; pass options=Speech(voice=Voice.from_audio(recording, codec))"
         )
 
     def tokenize(self, x: Tensor, n: Tensor | None = None) -> Tensor:

@@ -260,21 +260,31 @@ def test_saved_as_one_file(codecs, tmp_path):
     assert torch.equal(audio.samples, other.samples)
 
 
-def test_from_the_hub(folders, monkeypatch):
+@pytest.mark.parametrize("has_speakers", [False, True])
+def test_from_the_hub(codecs, folders, monkeypatch, tmp_path, has_speakers):
+    """Four files of the repository, and its speakers where it has some."""
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
 
     asked = []
+    anna = some_voice(codecs["v2"])
+    torch.save({"anna": {"embedding": anna.embedding[None]}}, tmp_path / "spk2info.pt")
 
     def fetch(repo, name):
         asked.append((repo, name))
-        return str(folders / "v2" / name.replace(".onnx", ".pt"))
+        if name != "spk2info.pt":
+            return str(folders / "v2" / name.replace(".onnx", ".pt"))
+        if not has_speakers:
+            raise EntryNotFoundError("no such file")
+        return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folders))
     codec = load_codec("cosyvoice/v2")
-    names = {"speech_tokenizer_v2.onnx", "campplus.onnx", "flow.pt", "hift.pt"}
+    names = {"speech_tokenizer_v2.onnx", "campplus.onnx", "flow.pt", "hift.pt", "spk2info.pt"}
     assert {name for _, name in asked} == names
     assert {repo for repo, _ in asked} == {"FunAudioLLM/CosyVoice2-0.5B"}
-    assert codec.spec.streaming
+    assert list(codec.speakers) == (["anna"] if has_speakers else [])
 
 
 def test_rows_name_their_licences():
