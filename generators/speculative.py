@@ -97,8 +97,8 @@ class Statistics:
         row_passes: the same counted by row.
         written: ids that the passes wrote (the first id of each row comes from the prompt's pass).
         tested, stood: by depth, how often siblings were there to choose from, and how often one stood.
-        distances: with `audit`, total variation between the law of what is emitted and the model's, of each id that
-            was chosen among likeliest siblings (of drawn ones, the law given the draw says nothing).
+        distances: with `audit`, total variation between the law of what is emitted and the exact one, of each id that
+            was chosen among siblings; of drawn ones, both given the draw, in certified mode only.
         moved: mass that certified mode moved, summed over ids.
         seconds: spent on "draft", "target", "verify": of the processor on CPUs, else of the clock.
         clock: what tells them.
