@@ -231,7 +231,7 @@ class HiFT(nn.Module):
                 x, n = F.pad(x, (1, 0), mode="reflect"), None if n is None else n + 1
             x = x + block(*down(s, s_n))[0]
             blocks = self.resblocks[i * len(KERNELS) : (i + 1) * len(KERNELS)]
-            x = torch.stack([other(x, n)[0] for other in blocks]).mean(0)
+            x = sum(other(x, n)[0] for other in blocks) / len(KERNELS)
         x, n = self.conv_post(F.leaky_relu(x, LAST_SLOPE), n)
         return self._samples(x, n).clamp(-LIMIT, LIMIT)
 
