@@ -1,4 +1,4 @@
-"""The command line: `anytok codecs | encode | decode | info | roundtrip | compare | view | generate | train`.
+"""The command line: `anytok codecs | encode | decode | info | view | generate | tokenize | train | ...`.
 
 Exit codes: 0 done, 2 wrong usage, 3 a medium cannot be read or written, 4 a stream is wrong, 5 a codec or its
 weights cannot be had, 6 a model cannot do what was asked. Errors go to stderr, one line each; with `--json` results go
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .bench import app as bench_app
+from .tokenize_command import tokenize
 from .view import view
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ train_app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.add_typer(bench_app, name="bench")
+app.command()(tokenize)
 app.command()(view)
 out, err = Console(), Console(stderr=True)
 

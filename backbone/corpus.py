@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..codecs.codec import Codec
 from ..codecs.stream import Part, TokenStream
+from ..codecs.training.data import DataError
 from ..codecs.training.loader import derived
 from ..modalities.media import MODALITIES
 from .rules import Rule
@@ -29,7 +30,7 @@ FORMAT = 1
 Augment = Callable[[object, torch.Generator], object]
 
 
-class CorpusError(ValueError):
+class CorpusError(DataError):
     """A corpus is missing, damaged, or was tokenised with another codec; names the file and what was expected."""
 
 

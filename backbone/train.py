@@ -13,6 +13,7 @@ from ..codecs.training import entry
 # name -> module and function; the function makes a Task of a config
 TASKS: dict[str, str] = {
     "pairs": f"{__package__}.tasks:PairsTask",
+    "documents": f"{__package__}.documents:DocumentsTask",
     "xar": f"{__package__}.xar_task:XARTask",
     "vision": f"{__package__}.vision_training:VisionTask",
     "dyvte": f"{__package__}.pruning.dyvte_training:DyVTETask",
