@@ -28,9 +28,10 @@ from ..codecs.published import WeightsError, read_weights
 from ..codecs.registry import load_codec
 from ..codecs.text import TextCodec
 from ..modalities.audio import Audio
-from .cosyvoice_lm import CosyVoiceLM, RepetitionAware, SpeechDecoder, SpeechRequest
+from .cosyvoice_lm import CosyVoiceLM
 from .cosyvoice_lm_v1 import CosyVoiceLMv1
 from .cosyvoice_words import END_OF_PROMPT, read_words
+from .speech_decoder import RepetitionAware, SpeechDecoder, SpeechRequest
 
 LANGUAGE_MODEL, WORDS = "llm.pt", "CosyVoice-BlankEN"
 YAML = {"v1": "cosyvoice.yaml", "v2": "cosyvoice2.yaml", "v3": "cosyvoice3.yaml"}

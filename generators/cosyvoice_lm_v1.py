@@ -23,7 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..backbone.cache import KVCache
 from ..codecs.published import WeightsError, load_into
-from .cosyvoice_lm import IGNORE, Marks, SpeechRequest, check_codes
+from .cosyvoice_lm import IGNORE
+from .speech_decoder import Marks, SpeechRequest, check_codes
 
 LAYER_EPS, END_EPS = 1e-12, 1e-5  # of norms within layers; of the first and the last one
 

@@ -11,9 +11,10 @@ from anytok.codecs.audio.cosyvoice.codec import Speech
 from anytok.codecs.audio.cosyvoice.voice import Voice
 from anytok.codecs.text import TextCodec
 from anytok.generators.cosyvoice import CosyVoiceTTS, Hush
-from anytok.generators.cosyvoice_lm import CosyVoiceLM, CosyVoiceLMConfig, RepetitionAware
+from anytok.generators.cosyvoice_lm import CosyVoiceLM, CosyVoiceLMConfig
 from anytok.generators.cosyvoice_lm_v1 import CosyVoiceLMv1, CosyVoiceLMv1Config
 from anytok.generators.cosyvoice_words import marks, read_words
+from anytok.generators.speech_decoder import RepetitionAware
 from tests.codecs.audio.test_cosyvoice import sound, tiny_networks
 
 CODES = 81

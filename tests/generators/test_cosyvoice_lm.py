@@ -9,15 +9,14 @@ import torch
 
 from anytok.backbone.transformer import TransformerConfig
 from anytok.codecs.published import WeightsError
-from anytok.generators.cosyvoice_lm import (
-    CosyVoiceLM,
-    CosyVoiceLMConfig,
+from anytok.generators.cosyvoice_lm import CosyVoiceLM, CosyVoiceLMConfig
+from anytok.generators.cosyvoice_lm_v1 import CosyVoiceLMv1
+from anytok.generators.speech_decoder import (
     RepetitionAware,
     SpeechDecoder,
     SpeechRequest,
     aware,
 )
-from anytok.generators.cosyvoice_lm_v1 import CosyVoiceLMv1
 from tests.golden.load import load_golden
 
 GREEDY = RepetitionAware(top_k=1, window=0)

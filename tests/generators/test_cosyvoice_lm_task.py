@@ -11,8 +11,9 @@ from anytok.codecs.published import read_weights
 from anytok.codecs.training.engine import run
 from anytok.codecs.training.entry import ConfigError
 from anytok.codecs.training.task import RunConfig
-from anytok.generators.cosyvoice_lm import CosyVoiceLM, SpeechDecoder, SpeechRequest
+from anytok.generators.cosyvoice_lm import CosyVoiceLM
 from anytok.generators.cosyvoice_lm_task import task
+from anytok.generators.speech_decoder import SpeechDecoder, SpeechRequest
 from tests.codecs.audio.test_cosyvoice import sound
 
 
