@@ -16,6 +16,7 @@ TASKS: dict[str, str] = {
     "octree": f"{__package__}.octree_task:task",
     "codes": f"{__package__}.rvq_task:task",
     "drafter": f"{__package__}.drafter_task:DrafterTask",
+    "cosyvoice_lm": f"{__package__}.cosyvoice_lm_task:task",
 }
 CONFIGS = Path(__file__).parent / "configs"
 
