@@ -9,6 +9,8 @@
 - By default encoding keeps the speaker's vector in the stream (768 bytes), so that it decodes at once.
 - A model directory holds `speech_tokenizer_v*.onnx`, `campplus.onnx`, `flow.pt`, `hift.pt`, perhaps `spk2info.pt`; its
   language model (`llm.pt`) is `generators.cosyvoice_lm`'s.
+- What is longer than 300 s (the published noise table ends there) is spoken in pieces of 100 s, each prompted with the
+  end of the one before; the vocoder runs through, so memory stays bounded.
 - v2 and v3 stream: `decoder_stream()` gives sound after the first chunk of tokens, and the pieces join to what `decode`
   gives with `Speech(chunked=True)`. A chunk runs the flow over everything before it, so chunks grow from 25 tokens to
   100, anew in each stream.
@@ -43,7 +45,7 @@ from ..waveform import AudioOptions, DecoderStream, rows_of, source_meta, source
 from .campplus import CAMPPlus, CAMPPlusConfig
 from .campplus import graph_state_dict as campplus_state_dict
 from .conformer import LOOKAHEAD
-from .flow import CHUNK, Flow, FlowConfig, make_flow
+from .flow import CHUNK, FRAMES, Flow, FlowConfig, make_flow
 from .flow import PUBLISHED as FLOWS
 from .graph import is_graph
 from .hift import V2 as VOCODER_V2
@@ -60,6 +62,8 @@ PROMPT_SECONDS = 30.0  # the most that a voice takes of a recording
 SILENCE = 1e-3  # a recording whose samples all stay below it says nothing of a voice
 BATCH_FRAMES = 6000  # padded mel frames in one pass, which bounds the memory
 LARGEST_CHUNK = 100  # tokens, in streaming
+LONGEST = FRAMES  # frames with the prompt, that the flow makes at once
+PIECE, CONTEXT = 100.0, 3.0  # seconds of the pieces of what is longer, and of their prompts
 MELS = {"v1": COSYVOICE_V1_MEL, "v2": COSYVOICE_V2_MEL, "v3": COSYVOICE_V3_MEL}
 SPEAKERS = "spk2info.pt"
 SPEAKER = CAMPPlusConfig()
@@ -234,7 +238,7 @@ class CosyVoice(Codec):
         Raises:
             CodecUnavailable: there is no voice; names what would give one.
             StreamError: another codec's stream.
-            ValueError: more than 300 s with the prompt, or a voice of another version.
+            ValueError: a voice of another version.
         """
         options = options or Speech()
         for stream in streams:
@@ -344,7 +348,9 @@ class CosyVoice(Codec):
         """Rows of tokens to rows of samples [L_i], neighbours in length in one pass."""
         sizes = [len(v.mel) + self.flow.frames(len(t)) for t, v in zip(tokens, voices)]
         results: list[Tensor] = [torch.empty(0)] * len(tokens)
-        for group in groups(sizes):
+        for i in (i for i, size in enumerate(sizes) if size > LONGEST):
+            results[i] = self._speak_long(tokens[i], voices[i], chances[i], options)
+        for group in groups({i: size for i, size in enumerate(sizes) if size <= LONGEST}):
             mels = self.flow.generate(
                 [tokens[i] for i in group],
                 [voices[i] for i in group],
@@ -356,6 +362,38 @@ class CosyVoice(Codec):
             for i, row in zip(group, self._vocode(mels, [chances[i] for i in group])):
                 results[i] = row
         return results
+
+    def _speak_long(self, tokens: Tensor, voice: Voice, chance: Chance, options: Speech) -> Tensor:
+        """Tokens [T'] to samples [L], in pieces."""
+        stream, samples, prompted = HiFTStream(self.vocoder, chance.source), [], voice
+        for piece in tokens.split(round(PIECE * self.config.tokenizer.rate)):
+            mel = self.flow.generate(
+                [piece],
+                [prompted],
+                [chance.flow],
+                steps=options.steps,
+                guidance=options.cfg,
+                chunked=options.chunked,
+            )[0]
+            samples.append(stream.push(mel))
+            prompted = self.continued(voice, piece, mel)
+        return torch.cat([*samples, stream.finish()])
+
+    def continued(self, voice: Voice, tokens: Tensor, mel: Tensor, *, unit: int = 1) -> Voice:
+        """A voice whose prompt ends with the last seconds of tokens [T'] and their mel [M, T].
+
+        The prompt is made a multiple of `unit` tokens.
+        """
+        count = round(CONTEXT * self.config.tokenizer.rate)
+        count = min(len(tokens), count + -(len(voice.tokens) + count) % unit)
+        frames = self.flow.frames(count)
+        if not frames:
+            return voice
+        return Voice(
+            embedding=voice.embedding,
+            tokens=torch.cat([voice.tokens, tokens[-count:].cpu()]),
+            mel=torch.cat([voice.mel.reshape(-1, len(mel)), mel.T[-frames:].cpu()]),
+        )
 
     def _vocode(self, mels: list[Tensor], chances: Sequence[Chance]) -> list[Tensor]:
         sizes = [mel.shape[1] for mel in mels]
@@ -425,6 +463,7 @@ class Growing:
     def __init__(self, codec: CosyVoice, voice: Voice, chance: Chance, options: Speech):
         self._codec, self._voice, self._chance, self._options = codec, voice, chance, options
         self._vocoder = HiFTStream(codec.vocoder, chance.source)
+        self._prompted, self._mel = voice, torch.empty(0)
         self._tokens = torch.empty(0, dtype=torch.int64)
         self._done = 0  # tokens whose mel the vocoder has
         # Chunks end where prompt and tokens make a multiple of 25.
@@ -448,9 +487,11 @@ class Growing:
         return torch.cat([*parts, self._vocoder.finish().cpu()])[None]
 
     def _advance(self, stop: int, *, last: bool) -> Tensor:
+        if len(self._prompted.mel) + self._codec.flow.frames(stop + LOOKAHEAD) > LONGEST:
+            stop -= self._begin_anew()
         mel = self._codec.flow.generate(
             [self._tokens[: stop + (0 if last else LOOKAHEAD)]],
-            [self._voice],
+            [self._prompted],
             [self._chance.flow],
             steps=self._options.steps,
             guidance=self._options.cfg,
@@ -458,14 +499,22 @@ class Growing:
             last=last,
         )[0]
         fresh = mel[:, self._codec.flow.frames(self._done) :]
-        self._done = stop
+        self._done, self._mel = stop, mel
         return self._vocoder.push(fresh).cpu()
 
+    def _begin_anew(self) -> int:
+        """Forget what was spoken but for a prompt; how many tokens that were."""
+        gone = self._done
+        spoken = self._tokens[:gone]
+        self._prompted = self._codec.continued(self._voice, spoken, self._mel, unit=CHUNK)
+        self._tokens, self._done = self._tokens[gone:], 0
+        return gone
 
-def groups(sizes: Sequence[int]) -> list[list[int]]:
-    """Indices in batches of neighbours in length, none of more than BATCH_FRAMES padded frames."""
+
+def groups(sizes: Mapping[int, int]) -> list[list[int]]:
+    """Keys in batches of neighbours in length, none of more than BATCH_FRAMES padded frames."""
     batches: list[list[int]] = []
-    for i in sorted(range(len(sizes)), key=lambda j: sizes[j]):
+    for i in sorted(sizes, key=lambda j: sizes[j]):
         if batches and sizes[i] * (len(batches[-1]) + 1) <= BATCH_FRAMES:
             batches[-1].append(i)
         else:
