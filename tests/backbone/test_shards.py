@@ -14,6 +14,9 @@ import torch
 from anytok.backbone.corpus import CorpusError
 from anytok.backbone.rules import Rule
 from anytok.backbone.shards import Shards, plan, tokenize, tokenize_ray
+from anytok.codecs.codec import Codec, CodecSpec
+from anytok.codecs.layout import Frames
+from anytok.modalities.audio import Audio
 from anytok.modalities.errors import MediaError
 from anytok.modalities.image import Image
 from tests.backbone.tiny import Thumbnail
@@ -130,6 +133,48 @@ def test_interleaved_documents_and_conversations_keep_order_and_roles(folder, tm
     assert "name more images than it has" in error["error"]
 
 
+class Loudness(Codec):
+    """A sound as two codes for each hundred samples: its loudness, and how it goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.spec = CodecSpec(
+            name="loudness/tiny", modality="audio", vocab=((8, 4),), layout=Frames()
+        )
+
+    def encode(self, media, *, options=None, rng=None):
+        made = []
+        for one in media:
+            level = one.samples[0].unfold(0, 100, 100).abs().mean(1).clamp(max=0.99)
+            codes = torch.stack([(level * 8).long(), (level * 32).long() % 4], 1)
+            made.append(
+                self.stream(codes, grid=(len(codes),), meta={"length": one.samples.shape[1]})
+            )
+        return made
+
+
+def test_speech_with_transcripts_beside_pictures_in_one_corpus(folder, tmp_path):
+    for i in range(2):
+        samples = torch.rand(1, 500 + 100 * i, generator=torch.Generator().manual_seed(i))
+        Audio(samples, 8000).save(folder / f"speech-{i}.wav")
+        (folder / f"speech-{i}.txt").write_text(f"sentence {i}")
+    Audio(torch.rand(1, 300), 8000).save(folder / "0.wav")  # beside 0.png and 0.txt
+    out = tmp_path / "out"
+    tokenize([folder], out, {"image": Thumbnail(), "audio": Loudness()}, batch=3)
+    made = {d.name: d for d in documents(out)}
+    assert made["0"].modalities == ("text", "image", "audio")
+    assert made["1"].modalities == ("text", "image")
+    assert made["speech-1"].modalities == ("text", "audio")
+    stream = made["speech-1"].items[1]
+    Loudness().check(stream)
+    (want,) = Loudness().encode([Audio.load(folder / "speech-1.wav")])
+    assert torch.equal(stream.codes, want.codes)
+    assert (stream.grid, stream.meta) == ((6,), {"length": 600})
+    only = tmp_path / "sound"
+    tokenize([folder], only, {"audio": Loudness()})
+    assert [d.name for d in documents(only)] == ["0", "speech-0", "speech-1"]  # no lone captions
+
+
 def test_bad_files_are_recorded_and_skipped(folder, tmp_path):
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:40])
     (folder / "2.txt").write_bytes(b"\xff\xfe bad")
@@ -242,13 +287,13 @@ def test_another_corpus_in_the_folder_is_refused(folder, tmp_path):
         Shards(out).read(1)
 
 
-def test_a_local_ray_cluster_of_two_workers_writes_the_same_files(folder, tmp_path):
+def test_a_local_ray_cluster_of_two_workers_writes_the_same_files(folder, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
-    pytest.importorskip("pandas")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: starves on a crowded machine
     tokenize([folder], tmp_path / "one", {"image": Thumbnail()}, shard=2)
     root = str(Path(__file__).parents[2])
     ray.init(
-        num_cpus=2,
+        num_cpus=3,  # two for the workers, one for Ray Data's own tasks
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": root}},
