@@ -2,8 +2,8 @@
 
     python tests/golden/cut_cosyvoice_speech.py ../shared/parity
 
-Weights become recipes. Of mels every sixteenth band is kept, of samples every eighth; v2's source is whole, since its
-draws are not known. Tests draw the rest again: v1's noise from seed 7 and its source from seed 9, v2's and v3's tables.
+Weights become recipes. Of mels every sixteenth band is kept, of samples every eighth. Tests draw the rest again: the
+noise of v1's flow from seed 7, the vocoders' from seeds 9 (v1, v2) and 0 (v3), the tables from their recipes.
 """
 
 from __future__ import annotations
@@ -101,8 +101,6 @@ def vocoders() -> dict[str, Any]:
         kept |= {k: model[k][..., ::SAMPLES].clone() for k in ("s", "y")}
         if name == "v3":
             kept["y_nofinal"] = model["y_nofinal"][..., ::SAMPLES].clone()
-        if name == "v2":
-            kept["s"] = model["s"].clone()
         golden["models"][name] = {"state_dict": pack(hift_recipe(model["state_dict"])), **kept}
     return golden
 
