@@ -73,7 +73,7 @@ def prefixes(stream: TokenStream) -> list[TokenStream]:
 
 def title_of(stream: TokenStream) -> str:
     """How a stream is called in a report: its tokens, or its depths."""
-    if stream.depth_prefix and stream.depth > 1:
+    if stream.depth_prefix:
         return f"{stream.depth} deep"
     return f"{len(stream)} tokens"
 
