@@ -8,11 +8,31 @@ from anytok.backbone.directory import save_model
 from anytok.codecs.registry import _THIRD_PARTY, register_codec
 from anytok.codecs.training import entry
 from anytok.generators.drafter import Drafter, load_drafter
-from anytok.generators.drafter_task import drafter_loss
+from anytok.generators.drafter_task import drafter_loss, start
 from anytok.modalities.image import Image
 from tests.backbone.tiny import Thumbnail, model, transformer
 
 TASKS = {"drafter": "anytok.generators.drafter_task:DrafterTask"}
+
+
+def test_the_first_prediction_is_the_best_linear_one():
+    torch.manual_seed(0)
+    target = transformer(context=24)
+    drafter = Drafter(target)
+    ids = torch.randint(64, (60, 20))
+    batch = {
+        "ids": ids,
+        "positions": torch.arange(20).expand(60, -1),
+        "weights": torch.ones(60, 20),
+    }
+    before = drafter_loss(drafter, batch, [(0, 64)])
+    start(drafter, batch, ridge=1e-6)
+    after = drafter_loss(drafter, batch, [(0, 64)])
+    assert float(after["states"]) < 0.7 * float(before["states"])
+    with torch.no_grad():
+        drafter.fc.weight[3, 5] += 0.05
+    worse = drafter_loss(drafter, batch, [(0, 64)])
+    assert float(worse["states"]) > float(after["states"])
 
 
 def test_overlap_grows_on_a_batch():
