@@ -164,7 +164,9 @@ def measure(seconds: float, prompt: float, rounds: int, reference: Path | None) 
         table[f"{name}_rtf"], table[f"{name}_cpu"] = clock / spoken, cpu / spoken
         return result
 
-    vocoded(vocoder, ours(flow, tokens[:5], Voice(embedding=voice.embedding))())()  # warm up
+    # Warm up; the first convolution of a shape compiles, whoever runs it.
+    ours(flow, tokens[:5], Voice(embedding=voice.embedding))()
+    vocoded(vocoder, torch.zeros(80, flow.frames(len(tokens))))()
     mel = note("flow_fp32", ours(flow, tokens, voice))
     samples = note("vocoder", vocoded(vocoder, mel))
     table["both_fp32_rtf"] = table["flow_fp32_rtf"] + table["vocoder_rtf"]
