@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from anytok.backbone.corpus import Corpus, tokenize
 from anytok.codecs.published import save_codec
 from anytok.codecs.registry import load_codec
+from anytok.codecs.training import checkpoint
 from anytok.codecs.training.entry import ConfigError, find, make, read
 from anytok.codecs.video.cvivit import from_published
 from anytok.generators import train
@@ -79,12 +80,12 @@ def config(root, task="phenaki", **changes):
         "name": f"{task}/tiny",
         "run": {
             "out": str(root / "run"),
-            "steps": 30,
+            "steps": 20,
             "batch_size": 5,
             "warmup": 1,
             "log_every": 1,
             "eval_every": 0,
-            "save_every": 15,
+            "save_every": 10,
             "tensorboard": False,
             "ema": 0.5,
         },
@@ -215,7 +216,7 @@ def test_a_tiny_run_learns_and_resumes_bit_for_bit(root, tmp_path, critic):
     rows = log(tmp_path / "a")
     key = "generator/loss" if critic == "token" else "mask"
     losses = [row[key] for row in rows]
-    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
     generator = load_generator(final)
     assert generator.video_codec.spec.name == "cvivit/tiny-corpus"
     assert generator.codes(["a red bar"], 5).shape == (1, 3, 2, 3)
@@ -223,7 +224,8 @@ def test_a_tiny_run_learns_and_resumes_bit_for_bit(root, tmp_path, critic):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for name in ("result.json", "final.safetensors"):
         (tmp_path / "b" / name).unlink()
-    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-00000030")
+    shutil.rmtree(checkpoint.latest(tmp_path / "b" / "checkpoints"))
+    assert checkpoint.latest(tmp_path / "b" / "checkpoints") is not None
     again = train.train(write(table, tmp_path / "b.json"), out=str(tmp_path / "b"))
     assert again.read_bytes() == final.read_bytes()
 
@@ -232,7 +234,7 @@ def test_a_class_generator_learns_and_is_saved(root, tmp_path):
     table = config(root, "maskgit", run={"out": str(tmp_path)})
     final = train.train(write(table, tmp_path / "c.json"))
     losses = [row["loss"] for row in log(tmp_path)]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
     generator = load_generator(final)
     assert generator.network.config.classes == 2
     task = MaskGITTask(table)
