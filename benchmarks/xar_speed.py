@@ -1,7 +1,7 @@
 """One picture of xAR, random weights: what guidance costs where it is 1, what bf16 gives, beside the official sampler.
 
     python benchmarks/xar_speed.py                             # xAR-B, 40 steps: minutes on two cores
-    python benchmarks/xar_speed.py --steps 4 --rounds 3        # the ratios are those of 40 steps
+    python benchmarks/xar_speed.py --steps 4 --layers 2        # a quick look (the official sampler needs 3 steps)
     python benchmarks/xar_speed.py --reference ../xAR          # a clone of OliverRensu/xAR, same weights, same noise
 
 Times are CPU seconds of this process over all threads, the best of `--rounds`, ways alternating; "off" is the mean
@@ -10,6 +10,10 @@ distance of the latents from those of the first row that has the same guidance, 
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
+import functools
 import sys
 import time
 import types
@@ -19,9 +23,9 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
-from anytok.backbone.xar import SIZES, XAR
+from anytok.backbone.xar import SIZES, XAR, XARConfig
 from anytok.generators.next_x import LatentRequest, NextX, NextXOptions
 
 LABEL, SEED = 207, 0
@@ -36,9 +40,29 @@ class Doubled(NextX):
         return super().run(requests, constant, rng)
 
 
-def random_network(size: str) -> XAR:
+@contextlib.contextmanager
+def unfilled():
+    """Networks made here get no start values: theirs come afterwards, and drawing them takes longer than a picture."""
+    kept = {n: f for n, f in vars(nn.init).items() if n.endswith("_") and callable(f)}
+    for name in kept:
+        setattr(nn.init, name, lambda tensor, *others, **named: tensor)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(nn.init, name, function)
+
+
+def random_network(config: XARConfig) -> XAR:
     torch.manual_seed(SEED)
-    return XAR(SIZES[size]).eval()
+    with unfilled():
+        network = XAR(config).eval()
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02)
+        elif name.endswith("bias"):
+            parameter.zero_()
+    return network
 
 
 def drawn(generator: NextX, options: NextXOptions) -> Tensor:
@@ -46,7 +70,7 @@ def drawn(generator: NextX, options: NextXOptions) -> Tensor:
     return generator.sample([LatentRequest(labels=(LABEL,))], options, rng)
 
 
-def official(path: Path, network: XAR, size: str) -> Callable[[int, float], Tensor]:
+def official(path: Path, network: XAR) -> Callable[[int, float], Tensor]:
     """The official sampler with our weights; it asks for a GPU and for flash-attn, which it does not use here."""
     sys.path.insert(0, str(path))
     stub = types.ModuleType("flash_attn")
@@ -55,8 +79,18 @@ def official(path: Path, network: XAR, size: str) -> Callable[[int, float], Tens
     torch.Tensor.cuda = lambda self, *others, **named: self  # type: ignore[method-assign]
     from models import xar  # type: ignore[import-not-found]
 
-    build = {"b": xar.xar_base, "l": xar.xar_large, "h": xar.xar_huge}[size]
-    model = build().eval()
+    c = network.config
+    with unfilled():
+        model = xar.xAR(
+            encoder_embed_dim=c.width,
+            encoder_depth=c.encoder_layers,
+            encoder_num_heads=c.heads,
+            decoder_embed_dim=c.width,
+            decoder_depth=c.decoder_layers,
+            decoder_num_heads=c.heads,
+            mlp_ratio=4,
+            norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        ).eval()
     result = model.load_state_dict(network.state_dict(), strict=False)
     buffers = [key for key in result.missing_keys if key != "mask" and ".rope." not in key]
     if buffers or result.unexpected_keys:
@@ -86,30 +120,36 @@ def measure(ways: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, tup
 @torch.inference_mode()
 def main(
     size: Annotated[str, typer.Option(help=" or ".join(SIZES))] = "b",
-    steps: Annotated[int, typer.Option(min=1, help="calls of the network a cell")] = 40,
+    steps: Annotated[int, typer.Option(min=3, help="calls of the network a cell")] = 40,
+    layers: Annotated[int, typer.Option(help="blocks of each half; 0 for all")] = 0,
     cfg: Annotated[float, typer.Option(min=1)] = 2.7,
     rounds: Annotated[int, typer.Option(min=1)] = 1,
     half: Annotated[bool, typer.Option(help="also bf16")] = True,
     reference: Annotated[Path | None, typer.Option(help="a clone of OliverRensu/xAR")] = None,
 ) -> None:
-    network = random_network(size)
+    config = SIZES[size]
+    if layers:
+        config = dataclasses.replace(config, encoder_layers=layers, decoder_layers=layers)
+    network = random_network(config)
     guided, plain = NextXOptions(steps=steps, cfg=cfg), NextXOptions(steps=steps, cfg=1.0)
     ours = NextX(network)
     ways: dict[str, Callable[[], Tensor]] = {}
     if reference is not None:
-        theirs = official(reference, network, size)
+        theirs = official(reference, network)
         ways["official, guided"] = lambda: theirs(steps, cfg)
         ways["official, cfg 1"] = lambda: theirs(steps, 1.0)
     ways["both halves in every cell"] = lambda: drawn(Doubled(network), guided)
     ways["guided"] = lambda: drawn(ours, guided)
     ways["cfg 1"] = lambda: drawn(ours, plain)
     if half:
-        rounded = NextX(random_network(size).bfloat16())
+        rounded = NextX(copy.deepcopy(network).bfloat16())
         ways["guided, bf16"] = lambda: drawn(rounded, guided)
         ways["cfg 1, bf16"] = lambda: drawn(rounded, plain)
     drawn(ours, NextXOptions(steps=1, cfg=cfg))  # memory and kernels are set up by the first call
     taken = measure(ways, rounds)
-    print(f"xAR-{size.upper()}, one picture, {steps} steps, {torch.get_num_threads()} threads\n")
+    print(
+        f"xAR-{size.upper()}, {config.layers} blocks, one picture, {steps} steps, {torch.get_num_threads()} threads\n"
+    )
     if reference is None:
         print("official sampler: not run (give --reference PATH, a clone of OliverRensu/xAR)\n")
     base = taken.get("official, guided") or taken["both halves in every cell"]
