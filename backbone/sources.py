@@ -152,15 +152,23 @@ class Picker:
     def _items(self, row: Mapping[str, Any], folder: Path | None, name: str) -> Iterator[RawItem]:
         if isinstance(row.get("items"), list):
             for entry in row["items"]:
-                yield from self._fields(entry, folder, name, entry.get("role"))
+                yield self._one(entry, folder, name)
         elif isinstance(row.get("messages"), list):
             yield from self._messages(row, folder, name)
         elif isinstance(row.get("texts"), list) and isinstance(row.get("images"), list):
             for text, image in zip(row["texts"], row["images"], strict=True):
-                entry = {"image": image} if image is not None else {"text": text}
-                yield from self._fields(entry, folder, name, None)
+                yield self._one({"text": text} if image is None else {"image": image}, folder, name)
         else:
             yield from self._fields(row, folder, name, row.get("role"))
+
+    def _one(self, entry: Mapping[str, Any], folder: Path | None, name: str) -> RawItem:
+        """One item of an interleaved document, from which nothing may be missing."""
+        found = list(self._fields(entry, folder, name, entry.get("role")))
+        if len(found) != 1:
+            held = ", ".join(entry) or "nothing"
+            known = ", ".join(self.wanted)
+            raise MediaError(name, f"an item holds {held}, expected one of {known} (with a codec)")
+        return found[0]
 
     def _fields(
         self, row: Mapping[str, Any], folder: Path | None, name: str, role: str | None

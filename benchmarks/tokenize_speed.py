@@ -47,7 +47,8 @@ def overhead(folder: Path, scratch: Path, codec: Codec, rounds: int) -> None:
     """Bare codec against the whole pipeline, in this process."""
     torch.set_num_threads(1)
     paths = sorted(folder.iterdir())
-    bare(paths[:BATCH], codec)  # warm
+    bare(paths[:BATCH], codec)  # warm: imports and first calls
+    tokenize([folder], scratch / "warm", {"image": codec}, batch=BATCH)
     ours, least = [], []
     for i in range(rounds):
         least.append(timed(lambda: bare(paths, codec)))

@@ -117,6 +117,7 @@ def test_interleaved_documents_and_conversations_keep_order_and_roles(folder, tm
             "images": ["3.png"],
         },
         {"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": []},
+        {"items": [{"text": "listen"}, {"audio": "0.wav"}]},
     ]
     (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "out"
@@ -128,9 +129,9 @@ def test_interleaved_documents_and_conversations_keep_order_and_roles(folder, tm
     assert c.modalities == ("image", "text", "text")
     assert c.roles == ("user", "user", "assistant")
     assert c.items[2] == "a dog"
-    (error,) = report.errors
-    assert error["document"] == "mixed.jsonl:4"
-    assert "name more images than it has" in error["error"]
+    assert [e["document"] for e in report.errors] == ["mixed.jsonl:4", "mixed.jsonl:5"]
+    assert "name more images than it has" in report.errors[0]["error"]
+    assert "holds audio, expected one of text, image" in report.errors[1]["error"]
 
 
 class Loudness(Codec):
