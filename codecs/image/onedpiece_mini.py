@@ -32,6 +32,7 @@ from ..layers.attention import Block
 from ..layers.resnet import ResidualBlock
 from ..layout import Prefix
 from ..published import load_into
+from ..quantizers.table import Table, nearest
 from ..stream import TokenStream
 from .fitting import PictureOptions, decode_pictures, fit_pictures
 
@@ -81,28 +82,6 @@ class OneDPieceMiniConfig:
     def tokens(self) -> int:
         """All tokens."""
         return self.head_tokens + self.stages * self.blocks
-
-
-class Table(nn.Module):
-    """int8 numbers with one scale for each of the last axis: [..., d]."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.register_buffer("values", torch.zeros(shape, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(*shape[:-2], 1, shape[-1]))
-
-    def store(self, numbers: Tensor, index: int | None = None) -> None:
-        """Round `numbers` into the table, or one entry of it; the largest magnitude along axis -2 becomes 127."""
-        at = slice(None) if index is None else index
-        scale = numbers.abs().amax(-2, keepdim=True).clamp_min(1e-3) / 127
-        self.scale[at] = scale.half().float()  # as it will be stored, so that saving moves no code
-        self.values[at] = (numbers / self.scale[at]).round().clamp(-127, 127).to(torch.int8)
-
-    def forward(self, index: int | None = None) -> Tensor:
-        """The numbers in float32, or those of one entry of the first axis."""
-        if index is None:
-            return self.values.float() * self.scale.float()
-        return self.values[index].float() * self.scale[index].float()
 
 
 class Repair(nn.Module):
@@ -323,13 +302,6 @@ class OneDPieceMini(Codec):
     ) -> list[Image]:
         """Streams to pictures; streams of one length are decoded together."""
         return decode_pictures(self, streams, options)
-
-
-def nearest(x: Tensor, table: Tensor, chunk: int = 8192) -> Tensor:
-    """The nearest row of `table` [V, d] for each of x [N, d]: [N]."""
-    half = table.square().sum(1) / 2
-    parts = [torch.addmm(half, part, table.T, alpha=-1).argmin(1) for part in x.split(chunk)]
-    return torch.cat(parts)
 
 
 def dct_matrix(size: int) -> Tensor:

@@ -26,17 +26,17 @@ class Table(Exact):
         self.register_buffer("values", torch.zeros(shape, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(*shape[:-2], 1, shape[-1]))
 
-    def store(self, numbers: Tensor, index: int) -> None:
-        """Round `numbers` [V, d] into entry `index`; the largest magnitude of a column becomes 127."""
+    def store(self, numbers: Tensor, index: int | None = None) -> None:
+        """Round `numbers` into the table, or one entry of it; the largest magnitude of a column becomes 127."""
+        at = slice(None) if index is None else index
         scale = numbers.abs().amax(-2, keepdim=True).clamp_min(1e-3) / 127
-        self.scale[index] = (
-            scale.half().float()
-        )  # as it will be stored, so that saving moves no code
-        self.values[index] = (numbers / self.scale[index]).round().clamp(-127, 127).to(torch.int8)
+        self.scale[at] = scale.half().float()  # as it will be stored, so that saving moves no code
+        self.values[at] = (numbers / self.scale[at]).round().clamp(-127, 127).to(torch.int8)
 
-    def forward(self, index: int) -> Tensor:
-        """Entry `index` in float32."""
-        return self.values[index].float() * self.scale[index]
+    def forward(self, index: int | None = None) -> Tensor:
+        """The numbers in float32, or those of one entry of the first axis."""
+        at = slice(None) if index is None else index
+        return self.values[at].float() * self.scale[at]
 
 
 def nearest(x: Tensor, table: Tensor, chunk: int = 8192) -> Tensor:

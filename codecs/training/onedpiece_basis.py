@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..image.onedpiece_mini import OneDPieceMini, nearest
+from ..image.onedpiece_mini import OneDPieceMini
+from ..quantizers.table import kmeans, nearest
 
 ITERATIONS = 6
 CHUNK = 512
@@ -53,7 +54,7 @@ def fit_head(codec: OneDPieceMini, components: Tensor, rng: torch.Generator) -> 
     variances = components.square().mean(0)
     bits = math.log2(codec.config.codes)
     codec.ends.copy_(torch.tensor(cut(variances, codec.config.head_tokens, bits)))
-    tables = [kmeans(components[:, g], codec.config.codes, rng) for g in codec.groups()]
+    tables = [kmeans(components[:, g], codec.config.codes, rng, ITERATIONS) for g in codec.groups()]
     codec.head.store(torch.cat(tables, 1))
     return codec.decode_head(codec.tokenize_head(components, codec.config.head_tokens))
 
@@ -106,17 +107,5 @@ def fit_tail(
     codec.block_basis.store(vectors[:, : codec.config.block_width])
     x = flat @ codec.block_basis()
     for s in range(codec.config.stages):
-        codec.tail.store(kmeans(x, codec.config.codes, rng), s)
+        codec.tail.store(kmeans(x, codec.config.codes, rng, ITERATIONS), s)
         x = x - codec.tail(s)[nearest(x, codec.tail(s))]
-
-
-def kmeans(x: Tensor, codes: int, rng: torch.Generator, iterations: int = ITERATIONS) -> Tensor:
-    """Lloyd's algorithm on x [N, d]: [V, d]. An empty cell restarts at a random point."""
-    table = x[torch.randint(len(x), (codes,), generator=rng)]
-    for _ in range(iterations):
-        ids = nearest(x, table)
-        count = torch.bincount(ids, minlength=codes)[:, None]
-        total = torch.zeros_like(table).index_add_(0, ids, x)
-        fresh = x[torch.randint(len(x), (codes,), generator=rng)]
-        table = torch.where(count > 0, total / count.clamp_min(1), fresh)
-    return table
