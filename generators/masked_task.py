@@ -277,10 +277,12 @@ class MaskGITTask(MaskedTask):
         network = networks["generator"]
         generator = MaskGIT(network, options=self.sampling, codec=self.data.codec)
         name = self.config.get("name", "maskgit/custom")
-        image_maskgit.save(generator, path, name=name, about={"classes": list(self.conditions)})
+        about = {"classes": list(self.conditions)}
+        image_maskgit.save(generator, path, name=name, dtype=torch.float16, about=about)
 
     def _conditions(self, documents: Iterable[Document]) -> dict[str, Tensor]:
-        values = {str(d.row[key]) for d in documents if (key := self.data.condition) in d.row}
+        key = self.data.condition
+        values = set() if key is None else {str(d.row[key]) for d in documents if key in d.row}
         return {value: torch.tensor(i) for i, value in enumerate(sorted(values))}
 
     def condition(self, document: Document) -> Tensor | None:
@@ -362,7 +364,8 @@ class PhenakiTask(MaskedTask):
             network, critic, codec=self.video_codec, text=self.encoder, options=self.sampling
         )
         generator.codec = self.data.codec
-        phenaki.save(generator, path, name=self.config.get("name", "phenaki/custom"))
+        name = self.config.get("name", "phenaki/custom")
+        phenaki.save(generator, path, name=name, dtype=torch.float16)
 
     def _critic_loss(
         self, critic: Any, codes: Tensor, drawn: Tensor, is_masked: Tensor, prepared: Any

@@ -383,11 +383,12 @@ def build(files: Mapping[str, Weights], row: Row) -> Phenaki:
         critic = SelfCritic(network)
     elif told["critic"] is not None:
         critic = TokenCritic(VideoMaskConfig(**told["critic"]))
-    parts = nn.ModuleDict({"maskgit": network})
-    if critic is not None:
-        parts["critic"] = (
-            nn.ModuleDict({"to_pred": critic.to_pred}) if told["critic"] == "self" else critic
-        )  # type: ignore[union-attr]
+    told_parts: dict[str, nn.Module] = {"maskgit": network}
+    if isinstance(critic, SelfCritic):  # its features are the generator's
+        told_parts["critic"] = nn.ModuleDict({"to_pred": critic.to_pred})
+    elif critic is not None:
+        told_parts["critic"] = critic
+    parts = nn.ModuleDict(told_parts)
     load_into(parts, weights.tensors, source=weights.source)
     text = None
     if "text" in told:
