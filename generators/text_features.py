@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ class T5Features:
                     f"text features of '{self.name}' need transformers: pip install 'anytok[transformers]'; "
                     "or give features [L, C] or ids instead of strings"
                 ) from error
-            encoder = T5EncoderModel.from_pretrained(self.name).to(self.device).eval()
+            encoder: Any = T5EncoderModel.from_pretrained(self.name)
+            encoder = encoder.to(self.device).eval()
             self._parts = (AutoTokenizer.from_pretrained(self.name), encoder)
         return self._parts
 

@@ -135,7 +135,7 @@ class VideoMasked(nn.Module):
         if not self.config.text_dim:
             return Prepared((t, h, w), bias, None, None)
         features, seen = self._features(conditions)
-        text = tuple(layer["2"].remembered(features) for layer in self.transformer.layers)
+        text = tuple(layer["2"].remembered(features) for layer in self.transformer.stack())
         seen = F.pad(seen, (NULL_KEYS, 0), value=True)[:, None, None]
         return Prepared((t, h, w), bias, text, seen)
 
@@ -232,9 +232,13 @@ class VideoTransformer(nn.Module):
         self.layers = nn.ModuleList(_layer(c) for _ in range(c.depth))
         self.norm_out = Norm(c.dim)
 
+    def stack(self) -> list[Any]:
+        """The layers' parts by number."""
+        return list(self.layers)
+
     def forward(self, x: Tensor, prepared: Prepared) -> Tensor:
         """[R, N, D] to the same."""
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.stack()):
             x = x + layer["0"](x, prepared.grid)
             x = x + layer["1"](x, prepared.bias)
             if prepared.text is not None:
@@ -254,11 +258,19 @@ class PEG(nn.Module):
         """[R, N, D] to the same; three convolutions over pictures are faster on a CPU than one over clips."""
         t, h = grid[:2]
         frames = F.pad(rearrange(x, "r (t h w) d -> r t d h w", t=t, h=h), (0,) * 6 + (1, 1))
-        y: Tensor | float = 0.0
-        for step in range(3):
-            part = rearrange(frames[:, step : step + t], "r t d h w -> (r t) d h w")
-            y = y + F.conv2d(part, self.dsconv.weight[:, :, step], padding=1, groups=x.shape[-1])
-        return rearrange(y, "(r t) d h w -> r (t h w) d", t=t) + self.dsconv.bias
+        kernel, bias = self.dsconv.weight, self.dsconv.bias
+        assert bias is not None
+        parts = [
+            F.conv2d(
+                rearrange(frames[:, step : step + t], "r t d h w -> (r t) d h w"),
+                kernel[:, :, step],
+                padding=1,
+                groups=x.shape[-1],
+            )
+            for step in range(3)
+        ]
+        y = parts[0] + parts[1] + parts[2]
+        return rearrange(y, "(r t) d h w -> r (t h w) d", t=t) + bias
 
 
 class Attention(nn.Module):
@@ -330,7 +342,7 @@ class DistanceBias(nn.Module):
 
     def forward(self, grid: tuple[int, int, int]) -> Tensor:
         """[n, N, N]; the network runs once an offset, not once a pair."""
-        weight = self.net[2].weight
+        weight = next(self.net.parameters())
         device = weight.device
         offsets = [torch.arange(1 - n, n, device=device, dtype=weight.dtype) for n in grid]
         x = torch.stack(torch.meshgrid(*offsets, indexing="ij"), -1)
