@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "shape": ("shape", "mesh", *(s[1:] for s in SUFFIXES["shape"])),
 }
 WEBDATASET_TEXT = ("txt", "text", "caption", "transcript")
+KINDS: dict[str, tuple[str, ...]] = {  # suffix -> what such files may hold
+    suffix: tuple(m for m, known in SUFFIXES.items() if suffix in known)
+    for suffixes in SUFFIXES.values()
+    for suffix in suffixes
+}
 SPLITS = {"train": "train", "training": "train"}  # every other split of a data set is held back
 
 
@@ -210,39 +216,44 @@ class Folder:
     problems: list[MediaError] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        stems: dict[str, list[str]] = {}
-        for file in sorted(p for p in self.path.rglob("*") if p.is_file()):
-            if _modalities(file.suffix) and not file.name.startswith("."):
-                relative = file.relative_to(self.path)
-                stems.setdefault(relative.with_suffix("").as_posix(), []).append(str(relative))
-        self.stems = [(stem, files) for stem, files in stems.items() if self._chosen(files)]
+        stems: dict[str, list[tuple[str, str]]] = {}  # stem -> (name, suffix)
+        for folder, folders, files in os.walk(
+            self.path
+        ):  # of strings: listing is felt in large corpora
+            folders.sort()
+            relative = os.path.relpath(folder, self.path).replace(os.sep, "/")
+            before = "" if relative == "." else f"{relative}/"
+            for file in sorted(files):
+                stem, suffix = os.path.splitext(file)
+                if suffix.lower() in KINDS and not file.startswith("."):
+                    own = stems.setdefault(before + stem, [])
+                    own.append((before + file, suffix.lower()))
+        chosen = ((stem, self._chosen(files)) for stem, files in stems.items())
+        self.stems = [(stem, items) for stem, items in chosen if items]
 
     def __len__(self) -> int:
         return len(self.stems)
 
     def listing(self) -> Iterable[str]:
         """Names of files."""
-        return (name for _, files in self.stems for name in files)
+        return (name for _, items in self.stems for _, name in items)
 
     def read(self, start: int, stop: int) -> Iterator[RawDocument | MediaError]:
         """Documents of some stems."""
-        for stem, files in self.stems[start:stop]:
-            items = [RawItem(m, self.path / f, name=f) for m, f in self._chosen(files)]
+        for stem, chosen in self.stems[start:stop]:
+            items = [RawItem(m, self.path / name, name=name) for m, name in chosen]
             yield RawDocument(stem, split_of(stem), tuple(items))
 
-    def _chosen(self, files: list[str]) -> list[tuple[str, str]]:
+    def _chosen(self, files: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The wanted files, in the order of media. A text that describes an unwanted medium is none."""
-        kinds = {name: _modalities(Path(name).suffix) for name in files}
-        chosen = []
+        chosen: dict[str, str] = {}  # name -> modality
         for modality in self.pick.wanted:
-            chosen += [
-                (modality, name)
-                for name, of in kinds.items()
-                if modality in of and all(name != other for _, other in chosen)
-            ]
-        only_text = all(modality == "text" for modality, _ in chosen)
-        media = any("text" not in of for of in kinds.values())
-        return [] if only_text and media else chosen
+            for name, suffix in files:
+                if modality in KINDS[suffix]:
+                    chosen.setdefault(name, modality)
+        only_text = all(modality == "text" for modality in chosen.values())
+        media = any("text" not in KINDS[suffix] for _, suffix in files)
+        return [] if only_text and media else [(m, name) for name, m in chosen.items()]
 
 
 @dataclass
@@ -452,10 +463,6 @@ def _item(modality: str, value: Any, folder: Path | None, name: str, role: str |
     if "://" in value:
         raise MediaError(name, f"its {modality} is the address {value}, expected a local file")
     return RawItem(modality, folder / value, role, value)
-
-
-def _modalities(suffix: str) -> list[str]:
-    return [m for m, known in SUFFIXES.items() if suffix.lower() in known]
 
 
 def _plain(value: Any) -> bool:
