@@ -46,7 +46,6 @@ class Sampling:
         """Whether no draw is made."""
         return self.temperature == 0 or self.top_k == 1
 
-
     def guides(self, written: int) -> bool:
         """Whether the id behind `written` others, or any later one, is guided."""
         return self.cfg != 1 and (self.guide is None or written < self.guide)
