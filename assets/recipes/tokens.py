@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from anytok.assets.recipes.dataset import OUT
 
-COPIES = 8
+COPIES = 16
 
 
 def build(out: Path, *, codec: str = "onedpiece/mini", copies: int = COPIES) -> Path:
