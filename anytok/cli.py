@@ -447,7 +447,7 @@ Steps = Annotated[Optional[int], typer.Option(help="Updates; replaces the config
 @train_app.command("codec")
 def train_codec(
     data: Data,
-    system: Annotated[str, typer.Option(help="onedpiece, rvq, cvivit or octgpt.")],
+    system: Annotated[str, typer.Option(help="onedpiece, rvq, cvivit, octgpt, s3, flow or hift.")],
     folder: RunFolder = Path("runs/codec"),
     config: Annotated[
         Optional[str],  # noqa: UP045

@@ -29,7 +29,7 @@ def train(
     minutes: float | None = None,
     steps: int | None = None,
 ) -> Path:
-    """Train a backbone; returns the model directory. See `entry.train`.
+    """Train a backbone; returns the model directory, or the file of what is no backbone. See `entry.train`.
 
     Args:
         config: a JSON file, or the name of a config that ships, such as `mini`.
@@ -39,7 +39,11 @@ def train(
         steps: updates, instead of the config's budget.
     """
     changes = {"out": out, "minutes": minutes, "steps": steps}
-    return entry.train(TASKS, CONFIGS, config, changes, data=data).with_name("model")
+    final = entry.train(TASKS, CONFIGS, config, changes, data=data)
+    model = final.with_name(
+        "model"
+    )  # vision encoders, gates and xAR write `final.safetensors` instead
+    return final if final.is_file() else model
 
 
 if __name__ == "__main__":
