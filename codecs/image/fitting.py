@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...modalities.image import Image
-from ..codec import Codec, Fit
+from ..codec import Codec, Fit, Rng
 from ..stream import TokenStream
 
 FITS = ("crop", "resize", "pad")
@@ -83,6 +84,51 @@ def decode_pictures(
         for i, picture in zip(rows, pixels):
             pictures[i] = restore_picture(picture, streams[i].meta, native=native)
     return [pictures[i] for i in range(len(streams))]
+
+
+class PictureCodec(Codec):
+    """The media side of a codec whose tokens are one table of codes a picture.
+
+    A subclass has a `config` with `image_size`, and writes `tokenize` and `detokenize`; see `decode_pictures`.
+    """
+
+    config: Any
+
+    def side(self, options: PictureOptions | None) -> int:
+        """The side that pictures are brought to."""
+        return self.config.image_size
+
+    def grid(self, side: int) -> tuple[int, ...]:
+        """The grid of a stream of that side; () where tokens have no places."""
+        return ()
+
+    @torch.no_grad()
+    def encode(
+        self,
+        media: Sequence[Image],
+        *,
+        options: PictureOptions | None = None,
+        rng: Rng | None = None,
+    ) -> list[TokenStream]:
+        """Pictures to streams; nothing is random."""
+        if not media:
+            return []
+        side = self.side(options)
+        pixels, metas = fit_pictures(media, side, (options and options.fit) or self.spec.fit)
+        codes = self.tokenize(pixels.to(self.device, self.dtype))
+        grid = self.grid(side)
+        return [self.stream(row, grid=grid, meta=meta) for row, meta in zip(codes, metas)]
+
+    @torch.no_grad()
+    def decode(
+        self,
+        streams: Sequence[TokenStream],
+        *,
+        options: PictureOptions | None = None,
+        rng: Rng | None = None,
+    ) -> list[Image]:
+        """Streams to pictures; those of one shape and grid are decoded together."""
+        return decode_pictures(self, streams, options)
 
 
 def _opaque(picture: Image, index: int) -> Image:

@@ -16,7 +16,7 @@ Shapes: B batch, N codes, P = h * w grid positions, D width of a transformer, d 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -26,15 +26,13 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from ...modalities.image import Image
-from ..codec import Codec, CodecSpec, Rng
+from ..codec import CodecSpec
 from ..layers.attention import SelfAttention
 from ..layers.resnet import ResidualBlock
 from ..layout import Fixed
 from ..published import Weights, load_into
 from ..quantizers.vq import VectorQuantizer
-from ..stream import TokenStream
-from .fitting import PictureOptions, decode_pictures, fit_pictures
+from .fitting import PictureCodec
 from .kl16 import PyramidConfig, require
 from .llamagen import GridEncoder, infer_grid_pyramid, middle
 
@@ -299,7 +297,7 @@ class AdaptiveDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class GigaTok(Codec):
+class GigaTok(PictureCodec):
     """Pictures to 256 ids and back, with the published state-dict keys."""
 
     system = "gigatok"
@@ -370,33 +368,6 @@ class GigaTok(Codec):
     def code_vectors(self, part: int = 0, depth: int = 0) -> Tensor:
         """The unit vectors that the decoder receives: [V, d]."""
         return self.quantize.table
-
-    @torch.no_grad()
-    def encode(
-        self,
-        media: Sequence[Image],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[TokenStream]:
-        """Pictures to streams; nothing is random."""
-        if not media:
-            return []
-        fit = (options and options.fit) or self.spec.fit
-        pixels, metas = fit_pictures(media, self.config.image_size, fit)
-        codes = self.tokenize(pixels.to(self.device, self.dtype))
-        return [self.stream(row, meta=meta) for row, meta in zip(codes, metas)]
-
-    @torch.no_grad()
-    def decode(
-        self,
-        streams: Sequence[TokenStream],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[Image]:
-        """Streams to pictures, decoded together."""
-        return decode_pictures(self, streams, options)
 
 
 def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -11,25 +11,22 @@ Shapes: B batch, d code width, H W pixels, N = h * w positions, V codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...modalities.image import Image
-from ..codec import Codec, CodecSpec, Rng
+from ..codec import CodecSpec
 from ..layers.resnet import ResidualBlock
 from ..layers.spatial import Downsample, SpatialAttention, Upsample
 from ..layout import Grid
 from ..published import Weights, load_into
 from ..quantizers.vq import VectorQuantizer
-from ..stream import TokenStream
-from .fitting import PictureOptions, decode_pictures, fit_pictures
+from .fitting import PictureCodec, PictureOptions
 from .kl16 import PyramidConfig, require
 
 if TYPE_CHECKING:
@@ -159,7 +156,7 @@ class GridDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class LlamaGenVQ(Codec):
+class LlamaGenVQ(PictureCodec):
     """Pictures to a grid of ids and back, with the published state-dict keys."""
 
     system = "llamagen"
@@ -223,35 +220,12 @@ class LlamaGenVQ(Codec):
         """The unit vectors that the decoder receives: [V, d]."""
         return self.quantize.table
 
-    @torch.no_grad()
-    def encode(
-        self,
-        media: Sequence[Image],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[TokenStream]:
-        """Pictures to streams; nothing is random."""
-        if not media:
-            return []
-        side = self._side(options)
-        pixels, metas = fit_pictures(media, side, (options and options.fit) or self.spec.fit)
-        codes = self.tokenize(pixels.to(self.device, self.dtype))
-        grid = (side // self.config.stride,) * 2
-        return [self.stream(row, grid=grid, meta=meta) for row, meta in zip(codes, metas)]
+    def grid(self, side: int) -> tuple[int, ...]:
+        """Rows and columns of ids."""
+        return (side // self.config.stride,) * 2
 
-    @torch.no_grad()
-    def decode(
-        self,
-        streams: Sequence[TokenStream],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[Image]:
-        """Streams to pictures; streams of one grid are decoded together."""
-        return decode_pictures(self, streams, options)
-
-    def _side(self, options: PictureOptions | None) -> int:
+    def side(self, options: PictureOptions | None) -> int:
+        """`GridOptions.side`, or the config's."""
         side = options.side if isinstance(options, GridOptions) else None
         side = self.config.image_size if side is None else side
         stride = self.config.stride

@@ -27,14 +27,14 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ...modalities.image import Image
-from ..codec import Codec, CodecSpec, Rng
+from ..codec import CodecSpec, Rng
 from ..layers.attention import Block
 from ..layers.resnet import ResidualBlock
 from ..layout import Prefix
 from ..published import load_into
 from ..quantizers.table import Table, nearest
 from ..stream import TokenStream
-from .fitting import PictureOptions, decode_pictures, fit_pictures
+from .fitting import PictureCodec, PictureOptions, fit_pictures
 
 # Rows: grey, red - blue, green against both; orthonormal, so squared errors are those of RGB.
 OPPONENT = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
@@ -124,7 +124,7 @@ class Repair(nn.Module):
         return pixels + F.pixel_shuffle(self.conv_out(F.silu(x)), 2)
 
 
-class OneDPieceMini(Codec):
+class OneDPieceMini(PictureCodec):
     """Pictures to at most `config.tokens` ordered ids and back; `stream[:k]` decodes for every k."""
 
     system = "onedpiece"
@@ -291,17 +291,6 @@ class OneDPieceMini(Codec):
         pixels, metas = fit_pictures(media, self.config.image_size, fit)
         codes = self.tokenize(pixels.to(self.device))
         return [self.stream(row, meta=meta) for row, meta in zip(codes, metas)]
-
-    @torch.no_grad()
-    def decode(
-        self,
-        streams: Sequence[TokenStream],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[Image]:
-        """Streams to pictures; streams of one length are decoded together."""
-        return decode_pictures(self, streams, options)
 
 
 def dct_matrix(size: int) -> Tensor:

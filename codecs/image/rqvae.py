@@ -12,7 +12,7 @@ Shapes: B batch, N = h * w positions, n <= D depths, d code width, V codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...modalities.image import Image
-from ..codec import Codec, CodecSpec, Rng
+from ..codec import CodecSpec
 from ..layout import Grid
 from ..published import Weights, WeightsError, load_into
-from ..stream import TokenStream
-from .fitting import PictureOptions, decode_pictures, fit_pictures
+from .fitting import PictureCodec
 from .kl16 import PyramidConfig, PyramidDecoder, PyramidEncoder, infer_pyramid, require
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ class ResidualCodebooks(nn.Module):
         return torch.stack(rows).sum(0)
 
 
-class RQVAE(Codec):
+class RQVAE(PictureCodec):
     """Pictures to codes [N, D] and back; any first n depths decode."""
 
     system = "rqvae"
@@ -181,33 +179,9 @@ class RQVAE(Codec):
             raise ValueError(f"depth is {depth}, expected 0 to {self.config.depth - 1}")
         return self.quantizer.table(depth)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        media: Sequence[Image],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[TokenStream]:
-        """Pictures to streams; nothing is random."""
-        if not media:
-            return []
-        fit = (options and options.fit) or self.spec.fit
-        pixels, metas = fit_pictures(media, self.config.image_size, fit)
-        codes = self.tokenize(pixels.to(self.device, self.dtype))
-        grid = (self.config.grid, self.config.grid)
-        return [self.stream(row, grid=grid, meta=meta) for row, meta in zip(codes, metas)]
-
-    @torch.no_grad()
-    def decode(
-        self,
-        streams: Sequence[TokenStream],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[Image]:
-        """Streams to pictures; streams of one depth are decoded together."""
-        return decode_pictures(self, streams, options)
+    def grid(self, side: int) -> tuple[int, ...]:
+        """Rows and columns of positions."""
+        return (self.config.grid, self.config.grid)
 
 
 def infer_config(state: Mapping[str, Tensor], source: str = "state dict") -> RQVAEConfig:

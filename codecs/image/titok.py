@@ -20,14 +20,12 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from ...modalities.image import Image
 from ..codec import Codec, CodecSpec, Rng, item_rngs
 from ..layers.attention import Block
 from ..layout import Fixed, Layout
 from ..published import Weights, WeightsError, load_into
 from ..quantizers.vq import VectorQuantizer
-from ..stream import TokenStream
-from .fitting import PictureOptions, decode_pictures, fit_pictures
+from .fitting import PictureCodec
 from .vqgan import PixelDecoder, VQGANConfig, infer_vqgan
 
 if TYPE_CHECKING:
@@ -163,7 +161,7 @@ class TiTokDecoder(_ViT):
         return self.conv_out(x)
 
 
-class TiTok(Codec):
+class TiTok(PictureCodec):
     """Pictures to `tokens` ids and back, with the published state-dict keys."""
 
     system = "titok"
@@ -239,33 +237,6 @@ class TiTok(Codec):
     def code_vectors(self, part: int = 0, depth: int = 0) -> Tensor:
         """The rows that the decoder receives: [V, d], normalised where the codec does."""
         return self.quantize.table
-
-    @torch.no_grad()
-    def encode(
-        self,
-        media: Sequence[Image],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[TokenStream]:
-        """Pictures to streams; nothing is random."""
-        if not media:
-            return []
-        fit = (options and options.fit) or self.spec.fit
-        pixels, metas = fit_pictures(media, self.config.image_size, fit)
-        codes = self.tokenize(pixels.to(self.device, self.dtype))
-        return [self.stream(row, meta=meta) for row, meta in zip(codes, metas)]
-
-    @torch.no_grad()
-    def decode(
-        self,
-        streams: Sequence[TokenStream],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[Image]:
-        """Streams to pictures; streams of one length are decoded together."""
-        return decode_pictures(self, streams, options)
 
 
 class TiTokVAE(Codec):

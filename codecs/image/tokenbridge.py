@@ -21,12 +21,12 @@ from einops import rearrange
 from torch import Tensor
 
 from ...modalities.image import Image
-from ..codec import Codec, CodecSpec, Rng, item_rngs
+from ..codec import CodecSpec, Rng, item_rngs
 from ..layout import Grid
 from ..published import Weights, load_into
 from ..quantizers.gaussian import GaussianConfig, GaussianQuantizer
 from ..stream import TokenStream
-from .fitting import PictureOptions, decode_pictures, fit_pictures
+from .fitting import PictureCodec, PictureOptions, fit_pictures
 from .kl16 import IGNORED, KL16, KL16Config, infer_config
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class TokenBridgeOptions(PictureOptions):
     sample: bool = False
 
 
-class TokenBridge(Codec):
+class TokenBridge(PictureCodec):
     """Pictures to [N, 16] codes and back."""
 
     system = "tokenbridge"
@@ -156,17 +156,6 @@ class TokenBridge(Codec):
         codes = self.tokenize(pixels.to(self.device, self.dtype), rng=rngs)
         grid = (self.config.grid, self.config.grid)
         return [self.stream(row, grid=grid, meta=meta) for row, meta in zip(codes, metas)]
-
-    @torch.no_grad()
-    def decode(
-        self,
-        streams: Sequence[TokenStream],
-        *,
-        options: PictureOptions | None = None,
-        rng: Rng | None = None,
-    ) -> list[Image]:
-        """Streams to pictures, decoded together."""
-        return decode_pictures(self, streams, options)
 
 
 def build(files: Mapping[str, Weights], entry: Entry) -> TokenBridge:

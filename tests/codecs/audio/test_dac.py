@@ -1,7 +1,6 @@
 """DAC against the published implementation's numbers; depths, lengths, batches, long sounds, layouts, bad input."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -137,7 +136,6 @@ def test_published_sizes(rates, codebooks, latent, millions, monkeypatch):
     assert sum(p.numel() for p in codec.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-@pytest.mark.skipif(not os.environ.get("ANYTOK_PARITY"), reason="importing transformers is slow")
 @torch.no_grad()
 def test_huggingface_port_agrees():
     transformers = pytest.importorskip("transformers")

@@ -1,7 +1,6 @@
 """EnCodec against the published implementation's numbers; lengths, depths, pieces, layouts, bad input."""
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -117,7 +116,6 @@ def test_published_size(monkeypatch):
     assert sum(b.numel() for b in codec.buffers()) == 32 * 1024 * 128
 
 
-@pytest.mark.skipif(not os.environ.get("ANYTOK_PARITY"), reason="importing transformers is slow")
 @pytest.mark.parametrize("stereo", [False, True])
 @torch.no_grad()
 def test_huggingface_port_agrees(stereo):
