@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from .bench import app as bench_app
@@ -92,7 +93,7 @@ def _errors(*also: type[Exception]) -> Iterator[None]:
 
 
 def _fail(error: BaseException, code: int) -> None:
-    err.print(f"[red]anytok:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+    err.print(f"[red]anytok:[/] {escape(str(error))}", highlight=False, markup=True, soft_wrap=True)
     raise typer.Exit(code) from error
 
 
@@ -246,7 +247,7 @@ def _report(file: Path, stream, as_json: bool) -> None:
     for key, value in facts.items():
         if key == "parts":
             value = " + ".join(_part(p["positions"], p["vocab"]) for p in value)
-        out.print(f"[bold]{key:9}[/] {value}", highlight=False)
+        out.print(f"[bold]{key:9}[/] {escape(str(value))}", highlight=False)
 
 
 def _part(positions: int, vocab: list[int]) -> str:
@@ -361,7 +362,7 @@ def compare(
         return
     out.print(report.table(rows))
     for note in (*broken, *judge.missing):
-        err.print(f"[yellow]{note}")
+        err.print(f"[yellow]{escape(note)}", highlight=False, soft_wrap=True)
     out.print(f"{page}", highlight=False)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 out, err = Console(), Console(stderr=True)
@@ -80,7 +81,8 @@ def tokenize(
         return
     out.print(f"{folder}: {report.documents} documents, {report.shards} shards", highlight=False)
     for error in report.errors[:SHOWN]:
-        err.print(f"[yellow]skipped[/] {error['document']}: {error['error']}", highlight=False)
+        said = escape(f"{error['document']}: {error['error']}")
+        err.print(f"[yellow]skipped[/] {said}", highlight=False)
     if report.errors:
         err.print(f"{len(report.errors)} skipped in all, see {folder}/errors.jsonl")
 

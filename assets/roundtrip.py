@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from anytok import AnyToAny, Image, Text, load_codec, modalities, report
 from anytok.codecs import CodecUnavailable
@@ -60,7 +61,7 @@ def round_trips(folder: Path) -> list[report.Row]:
         try:
             codec = codecs.setdefault(name, load_codec(name))
         except CodecUnavailable as error:
-            console.print(f"[yellow]{path.name}: {error}")
+            console.print(f"[yellow]{path.name}: {escape(str(error))}")
             continue
         for row, result in roundtrip(path, codec, lambda: load_codec(DEFAULT_CODECS["audio"])):
             rows.append(row)
@@ -74,7 +75,7 @@ def any_to_any(folder: Path) -> list[report.Row]:
     try:
         model = AnyToAny.load("anytok/mini")
     except CodecUnavailable as error:
-        console.print(f"[yellow]anytok/mini: {error}")
+        console.print(f"[yellow]anytok/mini: {escape(str(error))}")
         return []
     rows = []
     # A direction that does not reach its floor is not offered (README): the model then has no such pair.

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def no_judges(monkeypatch):
-    alone = Judges(None, None, ("the judge is not here",))
+    alone = Judges(None, None, ("the judge is not here: anytok[judges]",))
     monkeypatch.setattr(compare, "judges", lambda: alone)
 
 
@@ -88,6 +88,14 @@ def test_the_page_holds_figures_curves_and_pictures(folder, tmp_path, no_judges)
     assert "broken.png" in text
     assert text.count("data:image/png") >= 2 * len(rows)
     assert "http" not in text.replace("http-equiv", "")
+
+
+def test_brackets_of_a_note_and_of_an_error_reach_the_user(folder, tmp_path, no_judges):
+    page = str(tmp_path / "x.html")
+    run = CliRunner().invoke(app, ["compare", str(folder), "--out", page, "--no-files"])
+    assert "anytok[judges]" in run.stderr
+    run = CliRunner().invoke(app, ["compare", str(tmp_path / "[gone]"), "--out", page])
+    assert "[gone]" in run.stderr
 
 
 @pytest.mark.parametrize(
